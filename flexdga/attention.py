@@ -1,0 +1,224 @@
+"""`dga_attention` and `make_plan`: planner → plan → slots → block mask → kernel, as one graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexdga.checks import check_inputs, check_plan
+from flexdga.config import DGAConfig
+from flexdga.kernel import attend
+from flexdga.plan import NEVER, Plan
+from flexdga.planner import Documents, dense_plan, documents, plan_attention
+from score_mods import ScoreMod
+
+RECOMPILE_LIMIT = 64
+"""Compiled variants kept for planning and for attending: one per config, dtype and head layout."""
+
+
+@overload
+def dga_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, config: DGAConfig | None = ...,
+    is_causal: bool = ..., scale: float | None = ..., score_mod: ScoreMod | None = ...,
+    document_ids: Tensor | None = ..., lengths: Tensor | None = ..., plan: Plan | None = ...,
+    return_plan: Literal[False] = ..., kernel_options: dict[str, Any] | None = ...,
+) -> Tensor: ...
+@overload
+def dga_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, config: DGAConfig | None = ...,
+    is_causal: bool = ..., scale: float | None = ..., score_mod: ScoreMod | None = ...,
+    document_ids: Tensor | None = ..., lengths: Tensor | None = ..., plan: Plan | None = ...,
+    return_plan: Literal[True], kernel_options: dict[str, Any] | None = ...,
+) -> tuple[Tensor, Plan]: ...  # fmt: skip
+def dga_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    config: DGAConfig | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
+    score_mod: ScoreMod | None = None,
+    document_ids: Tensor | None = None,
+    lengths: Tensor | None = None,
+    plan: Plan | None = None,
+    return_plan: bool = False,
+    kernel_options: dict[str, Any] | None = None,
+) -> Tensor | tuple[Tensor, Plan]:
+    """Dynamic Group Attention over a whole sequence: SDPA's arguments, fewer keys.
+
+    Compiles itself on first use, once for all lengths; inside somebody else's `torch.compile` or
+    `torch.export` it becomes part of their graph. Sequences shorter than `config.dense_below`
+    take exact dense attention. Grouped-query attention is recognised by the head counts.
+
+    Args:
+        query: (B, H, L, D) float32, bfloat16 or float16, rotated already if the model rotates.
+        key: (B, Hkv, L, D), Hkv divides H.
+        value: (B, Hkv, L, Dv).
+        config: the choices; None = `DGAConfig()`.
+        is_causal: False lets every query see its whole document (`prompt` scope only).
+        scale: of the scores; None = 1/√D.
+        score_mod: a FlexAttention score_mod, written for token positions: flexdga hands it the
+            position of the slot in place of kv_idx, and where a group stands for several tokens
+            their mean position.
+        document_ids: (B, L) integers, equal within a document and never decreasing; negative for
+            padding, on whichever side. Tokens see their own document only; padding gives 0.
+        lengths: (B,) integers, real tokens of each right-padded row; instead of `document_ids`.
+        plan: use this plan and do not make one; its documents and causality hold, so neither
+            `document_ids`, `lengths` nor `is_causal=False` may come with it.
+        return_plan: also return the plan.
+        kernel_options: passed to flex_attention.
+
+    Returns:
+        (B, H, L, Dv) in the dtype of the query, or a tuple of it and the `Plan`.
+
+    Raises:
+        ValueError: shapes, devices, documents or arguments do not fit together.
+        TypeError: an argument is of the wrong type or dtype.
+        NotImplementedError: a gradient is asked for on CPU, where flex_attention has none.
+    """
+    config = config if config is not None else DGAConfig()
+    check_inputs(query, key, value, config, is_causal, scale, score_mod, document_ids, lengths)
+    if plan is not None:
+        check_plan(plan, query, key, config, is_causal, document_ids, lengths)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    batch, _, length, _ = query.shape
+    docs = documents(document_ids, lengths, (batch, length), query.device)
+    dense = plan is None and length < config.dense_below
+    if dense and score_mod is None and not return_plan:
+        alone = document_ids is None and lengths is None
+        return _dense(query, key, value, None if alone else docs, is_causal, scale)
+    _check_backward(query, key, value)
+    query, key, value, docs = _in_steps(query, key, value, docs, config)
+    if dense:
+        plan = dense_plan(docs, key.shape[1], is_causal=is_causal)
+    elif plan is None:
+        plan = _plan(query, key, value, docs, config, is_causal, scale)
+    out = _run(
+        attend, query, key, value, plan,
+        config=config, scale=scale, score_mod=score_mod, kernel_options=kernel_options,
+    )  # fmt: skip
+    out = out[:, :, :length]
+    return (out, plan) if return_plan else out
+
+
+def make_plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    config: DGAConfig | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
+    document_ids: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Plan:
+    """The plan that `dga_attention` would use, alone. Arguments and errors as there.
+
+    `config.dense_below` plays no part: a short sequence is planned like a long one.
+    """
+    config = config if config is not None else DGAConfig()
+    check_inputs(query, key, value, config, is_causal, scale, None, document_ids, lengths)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    docs = documents(document_ids, lengths, (query.shape[0], query.shape[2]), query.device)
+    query, key, value, docs = _in_steps(query, key, value, docs, config)
+    return _plan(query, key, value, docs, config, is_causal, scale)
+
+
+def _in_steps(
+    query: Tensor, key: Tensor, value: Tensor, docs: Documents, config: DGAConfig
+) -> tuple[Tensor, Tensor, Tensor, Documents]:
+    """Everything padded to whole steps of the plan."""
+    length, step = query.shape[2], config.step
+    # Two steps at least: torch.compile would specialise on one.
+    fill = torch.sym_max(-(-length // step), 2) * step - length
+
+    def padded(x: Tensor, dim: int, value: int = 0) -> Tensor:
+        if not torch.compiler.is_compiling() and fill == 0:
+            return x
+        more = x.new_full((*x.shape[:dim], fill, *x.shape[dim + 1 :]), value)
+        return torch.cat([x, more], dim)
+
+    docs = Documents(padded(docs.first, 1, NEVER), padded(docs.after, 1), docs.packed)
+    return padded(query, 2), padded(key, 2), padded(value, 2), docs
+
+
+def _plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    docs: Documents,
+    config: DGAConfig,
+    is_causal: bool,
+    scale: float,
+) -> Plan:
+    with torch.no_grad():  # which tokens are chosen is discrete
+        return _run(
+            plan_attention, query, key, value, docs,
+            config=config, is_causal=is_causal, scale=scale,
+        )  # fmt: skip
+
+
+_compiled: dict[Callable[..., Any], Callable[..., Any]] = {
+    function: torch.compile(
+        function, fullgraph=True, isolate_recompiles=True, recompile_limit=RECOMPILE_LIMIT
+    )
+    for function in (plan_attention, attend)
+}
+
+
+def _run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a part of the way compiled; inside somebody else's compile, as part of their graph.
+
+    Planning and attending are compiled apart: kernels are compiled once for all planners, and
+    what depends on a table's size reads one symbol.
+    """
+    if torch.compiler.is_compiling():
+        return function(*args, **kwargs)
+    for leaf in torch.utils._pytree.tree_leaves(args):
+        if isinstance(leaf, Tensor):
+            # Batch and length vary from call to call; heads and head_dim do not.
+            for dim in (0, 1) if leaf.dim() == 2 else (0, 2):
+                if leaf.shape[dim] > 1:
+                    torch._dynamo.maybe_mark_dynamic(leaf, dim)
+    return _compiled[function](*args, **kwargs)
+
+
+def _dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    docs: Documents | None,
+    is_causal: bool,
+    scale: float,
+) -> Tensor:
+    """Exact attention by SDPA."""
+    gqa = query.shape[1] != key.shape[1]
+    if docs is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=is_causal, scale=scale, enable_gqa=gqa
+        )
+    index = torch.arange(query.shape[2], dtype=torch.int32, device=query.device)
+    first, after = docs.first[:, None], docs.after[:, None]
+    start = torch.maximum(index, first) if is_causal else first
+    mask = (start <= index[:, None]) & (index[:, None] < after)
+    # A row of padding sees itself, so that no backend has to divide by nothing; then it is zeroed.
+    mask = mask | torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask[:, None], scale=scale, enable_gqa=gqa
+    )
+    return out.masked_fill((docs.after == 0)[:, None, :, None], 0)
+
+
+def _check_backward(*tensors: Tensor) -> None:
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if wanted and tensors[0].device.type == "cpu":
+        raise NotImplementedError(
+            "dga_attention: query, key or value requires a gradient, and flex_attention has no "
+            "backward on CPU; expected torch.no_grad() or detached tensors"
+        )

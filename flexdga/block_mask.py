@@ -1,0 +1,63 @@
+"""The `BlockMask` of a `Plan`, from the intervals of whole key blocks: nothing Q×KV is formed."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from flexdga.indexing import compact
+from flexdga.plan import NEVER, Plan
+
+
+def visible_blocks(plan: Plan, block_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Which key blocks the query blocks touch, and which of them they see whole.
+
+    Args:
+        plan: the intervals.
+        block_size: (query, key) tile.
+
+    Returns:
+        Two (B, Hkv, query blocks, key blocks) bool: touched in part, seen whole. Exclusive.
+    """
+    query_block, key_block = block_size
+    pad = (0, -plan.num_slots % key_block)
+    start = F.pad(plan.start, pad, value=NEVER).unflatten(-1, (-1, key_block))
+    end = F.pad(plan.end, pad).unflatten(-1, (-1, key_block))
+    earliest, latest_start = (t[..., None, :] for t in (start.amin(-1), start.amax(-1)))
+    earliest_end, latest_end = (t[..., None, :] for t in (end.amin(-1), end.amax(-1)))
+    rows = plan.length // query_block
+    q0 = torch.arange(rows, dtype=torch.int32, device=start.device)[:, None] * query_block
+    q1 = q0 + query_block - 1
+    touched = (q1 >= earliest) & (q0 < latest_end)
+    whole = (q0 >= latest_start) & (q1 < earliest_end)
+    return touched & ~whole, whole
+
+
+def block_mask(
+    plan: Plan, query_heads: int, block_size: tuple[int, int], *, backward: bool = False
+) -> BlockMask:
+    """The mask of `plan` for `query_heads` heads, for flex_attention over the slots.
+
+    `backward` adds the transposed tables that a gradient needs.
+    """
+    start, end = plan.start, plan.end
+    rep = query_heads // start.shape[1]
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, s: Tensor) -> Tensor:
+        g = h // rep
+        return (start[b, g, s] <= q) & (q < end[b, g, s])
+
+    tables = []
+    for blocks in visible_blocks(plan, block_size):
+        blocks = blocks.repeat_interleave(rep, 1)
+        order = compact(blocks, blocks.shape[-1]).clamp(min=0)
+        tables += [blocks.sum(-1, dtype=torch.int32), order.contiguous()]
+    return BlockMask.from_kv_blocks(
+        *tables,
+        BLOCK_SIZE=block_size,
+        mask_mod=mask_mod,
+        seq_lengths=(plan.length, plan.num_slots),
+        compute_q_blocks=backward,
+    )

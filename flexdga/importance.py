@@ -1,0 +1,155 @@
+"""How much each key matters, estimated from a few probe queries instead of the L×L matrix.
+
+Shape suffixes: B batch, G KV heads, R query heads per KV head, P probes, L tokens, N units,
+U tokens of a unit, W tokens of a unit and its lookahead, D head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexdga.config import DGAConfig
+from flexdga.indexing import take_rows
+
+MIN_SEEN = 8
+"""A mean over fewer far probes than this is taken as if there were this many (DESIGN: far-mean)."""
+SUM_STAGE = 16
+"""Keys summed at a time in a softmax; every length here is a multiple of it."""
+SMOOTHING = 5
+"""Neighbouring tokens whose importance is averaged into a token's own."""
+
+
+def prompt_importance(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor,
+    after: Tensor,
+    *,
+    config: DGAConfig,
+    is_causal: bool,
+    scale: float,
+) -> Tensor:
+    """Importance of every token, from probes over the whole prompt.
+
+    Args:
+        query: (B, H, L, D).
+        key: (B, Hkv, L, D).
+        value: (B, Hkv, L, D).
+        first: (B, L) first token of each token's document.
+        after: (B, L) first token after it; 0 for padding.
+        config: `probes`, `probe_placement`, `importance`, `window`.
+        is_causal: whether a probe sees only the tokens up to itself.
+        scale: of the scores.
+
+    Returns:
+        (B, Hkv, L) float32.
+    """
+    batch, heads, length, head_dim = query.shape
+    kv_heads = key.shape[1]
+    probe_BP, real_BP = _probe_positions(after, config)
+    index = probe_BP[:, None].expand(-1, heads, -1)
+    q_BGXD = take_rows(query, index).view(batch, kv_heads, -1, head_dim)  # X = R·P
+    score_BGRPL = (q_BGXD @ key.mT).view(batch, kv_heads, -1, config.probes, length).float() * scale
+
+    pos = torch.arange(length, dtype=torch.int32, device=query.device)
+    far_BPL = pos - probe_BP[:, :, None]
+    start_BP, stop_BP = first.gather(1, probe_BP.long()), after.gather(1, probe_BP.long())
+    seen_BPL = (pos >= start_BP[:, :, None]) & (pos < stop_BP[:, :, None]) & real_BP[:, :, None]
+    if is_causal:
+        seen_BPL = seen_BPL & (far_BPL <= 0)
+    weight_BGPL = _attention_weights(score_BGRPL, seen_BPL[:, None, None]).mean(2)
+    beyond_BPL = seen_BPL & (far_BPL.abs() >= config.window)
+    return _reduce(weight_BGPL, seen_BPL[:, None], beyond_BPL[:, None], value, config)
+
+
+def unit_importance(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor,
+    *,
+    config: DGAConfig,
+    lookahead: int,
+    scale: float,
+) -> Tensor:
+    """Importance of every token within its unit, from probes before the unit's handover.
+
+    The probes look at the band from the unit's first token to themselves, so that the work is
+    linear in L and nothing after the handover is read.
+
+    Args:
+        query: (B, H, N·U, D), whole units.
+        key: (B, Hkv, N·U, D).
+        value: (B, Hkv, N·U, D).
+        first: (B, N·U) first token of each token's document.
+        config: `probes`, `unit_size`, `importance`, `window`.
+        lookahead: tokens between a unit's last token and its handover.
+        scale: of the scores.
+
+    Returns:
+        (B, Hkv, N, U) float32.
+    """
+    batch, heads, total, head_dim = query.shape
+    kv_heads, unit = key.shape[1], config.unit_size
+    units, width = total // unit, -(-(unit + lookahead) // SUM_STAGE) * SUM_STAGE
+    offset_W = torch.arange(width, dtype=torch.int32, device=query.device)
+    count = min(config.probes, width)
+    offset_P = (torch.arange(count, dtype=torch.int32, device=query.device) + 1) * width // count - 1
+    base_N = torch.arange(units, dtype=torch.int32, device=query.device)[:, None] * unit
+    # A unit whose lookahead passes the end is never handed over: what it reads there is unused.
+    band_NW = (base_N + offset_W).clamp(max=total - 1)
+    probe_NP = (base_N + offset_P).clamp(max=total - 1)
+
+    q = take_rows(query, probe_NP.expand(batch, heads, -1, -1))
+    q_BGRNPD = q.view(batch, kv_heads, -1, units, count, head_dim)
+    k_BGNWD = take_rows(key, band_NW.expand(batch, kv_heads, -1, -1))
+    score_BGRNPW = (q_BGRNPD @ k_BGNWD.mT[:, :, None]).float() * scale
+
+    doc_BNW = first[:, band_NW.flatten().long()].view(batch, units, width)
+    doc_BNP = first[:, probe_NP.flatten().long()].view(batch, units, count)
+    gap_PW = offset_P[:, None] - offset_W
+    seen_BNPW = (gap_PW >= 0) & (doc_BNP[..., None] == doc_BNW[:, :, None])
+    weight_BGNPW = _attention_weights(score_BGRNPW, seen_BNPW[:, None, None]).mean(2)
+    # No probe is a whole window away from the last tokens of a unit: half a window has to do.
+    beyond_BNPW = seen_BNPW & (gap_PW >= config.window // 2)
+    v = value.view(batch, kv_heads, units, unit, head_dim)
+    parts = (weight_BGNPW, seen_BNPW[:, None], beyond_BNPW[:, None])
+    return _reduce(*(part[..., :unit] for part in parts), v, config)
+
+
+def _probe_positions(after: Tensor, config: DGAConfig) -> tuple[Tensor, Tensor]:
+    """(B, P) positions of the probes among each row's real tokens, and which are not repeats."""
+    rank = (after > 0).cumsum(-1, dtype=torch.int32)
+    count = rank[:, -1:]
+    k = torch.arange(config.probes, dtype=torch.int32, device=after.device)
+    if config.probe_placement == "tail":
+        nth = count - config.probes + k + 1
+    else:
+        nth = (k + 1) * count.long() // config.probes  # k·count may pass int32
+    nth = nth.clamp(min=0)
+    real = torch.diff(nth, dim=-1, prepend=torch.zeros_like(nth[:, :1])) > 0
+    # The nth real token of a row: rank is sorted, so its place is a binary search away.
+    position = torch.searchsorted(rank, nth.to(torch.int32).clamp(min=1)).to(torch.int32)
+    return position.clamp(max=after.shape[-1] - 1), real
+
+
+def _attention_weights(score: Tensor, seen: Tensor) -> Tensor:
+    top = score.masked_fill(~seen, float("-inf")).amax(-1, keepdim=True)
+    weight = torch.where(seen, torch.exp(score - top), 0.0)
+    # In two stages, since Inductor compiles sums over more than 4096 elements apart.
+    total = weight.unflatten(-1, (-1, SUM_STAGE)).sum(-1).sum(-1)
+    return weight / total.clamp(min=1e-30)[..., None]
+
+
+def _reduce(weight: Tensor, seen: Tensor, beyond: Tensor, value: Tensor, config: DGAConfig) -> Tensor:
+    """(..., P, K) weights of probes on keys to (..., K) importance, by `config.importance`."""
+    if config.importance == "sum":
+        return torch.where(seen, weight, 0.0).sum(-2)
+    count = beyond.sum(-2).clamp(min=min(MIN_SEEN, config.probes))
+    mean = torch.where(beyond, weight, 0.0).sum(-2) / count
+    flat = mean.reshape(-1, 1, mean.shape[-1])
+    pool = F.avg_pool1d(flat, SMOOTHING, 1, SMOOTHING // 2, count_include_pad=False)
+    return value.float().norm(dim=-1) * (mean + pool.view_as(mean))

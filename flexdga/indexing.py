@@ -1,0 +1,51 @@
+"""Small index helpers: static shapes, no loops over tokens, everything traceable."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def compact(mask: Tensor, capacity: int) -> Tensor:
+    """Where `mask` holds along its last dimension, in order: (..., capacity) int32, rest -1.
+
+    What does not fit is dropped from the end.
+    """
+    rank = mask.cumsum(-1)
+    slot = torch.where(mask & (rank <= capacity), rank - 1, capacity)
+    index = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device).expand_as(slot)
+    out = torch.full(
+        (*mask.shape[:-1], capacity + 1), -1, dtype=torch.int32, device=mask.device
+    )
+    return out.scatter(-1, slot, index)[..., :capacity]
+
+
+def take(table: Tensor, index: Tensor) -> Tensor:
+    """Entries of `table` (..., L) at `index` (..., N); an index of -1 reads entry 0."""
+    flat = index.clamp(min=0).long().flatten(table.dim() - 1)
+    return table.gather(-1, flat).view(index.shape)
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of `x` (B, H, L, D) at `index` (B, H, ...): (B, H, ..., D); -1 reads row 0."""
+    flat = index.clamp(min=0).long().flatten(2).unsqueeze(-1).expand(-1, -1, -1, x.shape[-1])
+    return x.gather(2, flat).view(*index.shape, x.shape[-1])
+
+
+def put(table: Tensor, index: Tensor, value: Tensor) -> Tensor:
+    """Copy of `table` (..., L) with `value` at `index` (..., N); an index of -1 writes nothing."""
+    length = table.shape[-1]
+    target = torch.where(index < 0, length, index).long()
+    return F.pad(table, (0, 1)).scatter(-1, target, value)[..., :length]
+
+
+def runs(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """First index of, and first index after, the run of equal `ids` (..., L) around each entry."""
+    length = ids.shape[-1]
+    index = torch.arange(length, dtype=torch.int32, device=ids.device).expand_as(ids)
+    edge = torch.ones_like(ids[..., :1], dtype=torch.bool)
+    change = ids[..., 1:] != ids[..., :-1]
+    first = torch.where(torch.cat([edge, change], -1), index, 0).cummax(-1).values
+    after = torch.where(torch.cat([change, edge], -1), index + 1, length)
+    return first, after.flip(-1).cummin(-1).values.flip(-1)

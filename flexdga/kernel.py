@@ -1,0 +1,67 @@
+"""From a plan to the output: compress, block mask, and one call of flex_attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+from flexdga import cpu_kernel
+from flexdga.block_mask import block_mask
+from flexdga.compress import Slots, compress
+from flexdga.config import DGAConfig
+from flexdga.plan import Plan, with_null_slot
+from score_mods import ScoreMod, needs_null_slot
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Plan,
+    *,
+    config: DGAConfig,
+    scale: float,
+    score_mod: ScoreMod | None,
+    kernel_options: dict[str, Any] | None,
+) -> Tensor:
+    """Attention of every query to the slots that the plan lets it see: (B, H, L, Dv)."""
+    if needs_null_slot(score_mod):
+        plan = with_null_slot(plan)
+    slots = compress(query, key, value, plan, config=config, scale=scale)
+    backward = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    options = dict(kernel_options or {})
+    if query.device.type == "cpu":
+        options |= cpu_kernel.mark()
+    out = flex_attention(
+        query,
+        slots.key,
+        slots.value,
+        score_mod=_slot_score_mod(score_mod, plan, slots, query.shape[1]),
+        block_mask=block_mask(plan, query.shape[1], config.block_size, backward=backward),
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+        kernel_options=options,  # type: ignore[arg-type]
+    )
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _slot_score_mod(
+    user: ScoreMod | None, plan: Plan, slots: Slots, query_heads: int
+) -> ScoreMod | None:
+    """The user's score mod at the slots' positions, then the groups' bias."""
+    position, bias = plan.position, slots.bias
+    rep = query_heads // position.shape[1]
+    if user is None and bias is None:
+        return None
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, s: Tensor) -> Tensor:
+        g = h // rep
+        if user is not None:
+            score = user(score, b, h, q, position[b, g, s])
+        return score if bias is None else score + bias[b, g, s]
+
+    return score_mod

@@ -1,0 +1,144 @@
+"""`Plan`: which slots exist, and which queries see them. Tensors only."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+NEVER = 2**31 - 1
+"""The `start` of a slot that no query sees (its `end` is 0)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The slots of one attention call, and the interval of queries that sees each.
+
+    Slots stand in three sections, one after the other: `raw` (the L tokens), `focal` (copies of
+    the focal tokens) and `group` (one per group). Query q sees slot s of its KV head if
+    `start[b, h, s] <= q < end[b, h, s]`. A slot that stands for nothing has `start = NEVER` and
+    `end = 0`; such slots also fill sections up to the kernel's key block.
+
+    Plans are pytrees: they can be returned from compiled functions, saved with `torch.save`, and
+    used again for another layer of the same shape.
+
+    Attributes:
+        start: (B, Hkv, S) int32, first query that sees the slot.
+        end: (B, Hkv, S) int32, first query after it that does not.
+        position: (B, Hkv, S) int32, where the slot stands in the sequence: a token's own
+            position, or the mean of the group's (rounded down). Score mods read it.
+        focal: (B, Hkv, F) int32, the token that each focal slot copies; -1 for none.
+        members: (B, Hkv, G, m) int32, the tokens of each group, in order; -1 for none.
+        member_score: (B, Hkv, G, m) float32, their importance, where the weights need it.
+        open: (B, H, query blocks, units) bool, units opened raw to a query block. Reserved.
+    """
+
+    start: Tensor
+    end: Tensor
+    position: Tensor
+    focal: Tensor
+    members: Tensor
+    member_score: Tensor | None = None
+    open: Tensor | None = None
+
+    @property
+    def num_slots(self) -> int:
+        """S, the slots of all three sections."""
+        return self.start.shape[-1]
+
+    @property
+    def length(self) -> int:
+        """L, the tokens of the sequence (and the slots of the raw section)."""
+        return self.num_slots - self.focal.shape[-1] - self.members.shape[-2]
+
+    def visible(self, query_index: Tensor) -> Tensor:
+        """Which slots the queries see.
+
+        Args:
+            query_index: (Q,) positions of queries.
+
+        Returns:
+            (B, Hkv, Q, S) bool. Meant for inspection and tests: it grows with Q·S.
+        """
+        q = query_index.to(self.start).unsqueeze(-1)
+        return (self.start.unsqueeze(-2) <= q) & (q < self.end.unsqueeze(-2))
+
+    def visible_per_slot(self) -> Tensor:
+        """(B, Hkv, S) int64: how many queries see each slot."""
+        return (self.end.clamp(max=self.length).long() - self.start.long()).clamp(min=0)
+
+    def cost(self, *, is_causal: bool = True) -> float:
+        """Visible slots as a share of what dense attention computes over the same length."""
+        dense = self.length * (self.length + 1) // 2 if is_causal else self.length**2
+        batch, heads = self.start.shape[:2]
+        return self.visible_per_slot().sum().item() / (dense * batch * heads)
+
+    def describe(self) -> str:
+        """A few lines for people: the slots by section and what they save."""
+        length, seen = self.length, self.visible_per_slot().double()
+        sizes = [length, self.focal.shape[-1], self.members.shape[-2]]
+        alive = [part.gt(0).double().sum(-1).mean().item() for part in seen.split(sizes, -1)]
+        per_query = [part.sum(-1).mean().item() / length for part in seen.split(sizes, -1)]
+        lines = [
+            f"Plan for {length} tokens: batch {self.start.shape[0]}, "
+            f"KV heads {self.start.shape[1]}, {self.num_slots} slots",
+            "section   slots in use   seen by a query",
+        ]
+        lines += [
+            f"{name:<9} {count:>12.0f}   {mean:>15.1f}"
+            for name, count, mean in zip(("raw", "focal", "group"), alive, per_query)
+        ]
+        lines.append(
+            f"a query sees {sum(per_query):.1f} slots on average, {(length + 1) / 2:.1f} tokens "
+            f"with dense causal attention: cost {self.cost():.3f}"
+        )
+        return "\n".join(lines)
+
+    def draw(
+        self, *, batch: int = 0, head: int = 0, width: int = 72, height: int = 24
+    ) -> RenderableType:
+        """Who sees what, for the terminal: print it with rich. One head of one sequence."""
+        from flexdga.drawing import draw_plan
+
+        return draw_plan(self, batch=batch, head=head, width=width, height=height)
+
+    def save_png(self, path: str, *, batch: int = 0, head: int = 0) -> None:
+        """Who sees what, as a picture. Needs matplotlib (the `plot` extra)."""
+        from flexdga.drawing import save_plan_png
+
+        save_plan_png(self, path, batch=batch, head=head)
+
+
+def with_null_slot(plan: Plan) -> Plan:
+    """The plan with one slot more that every query sees: an empty group, key and value 0.
+
+    Its position is -1. Attention sinks in the score live there.
+    """
+    edge = plan.start[..., :1]
+    score = plan.member_score
+    return dataclasses.replace(
+        plan,
+        start=torch.cat([plan.start, torch.zeros_like(edge)], -1),
+        end=torch.cat([plan.end, torch.full_like(edge, plan.length)], -1),
+        position=torch.cat([plan.position, torch.full_like(edge, -1)], -1),
+        members=F.pad(plan.members, (0, 0, 0, 1), value=-1),
+        member_score=None if score is None else F.pad(score, (0, 0, 0, 1)),
+    )
+
+
+def _flatten(plan: Plan) -> tuple[list[Any], None]:
+    return [getattr(plan, field.name) for field in dataclasses.fields(plan)], None
+
+
+torch.utils._pytree.register_pytree_node(
+    Plan,
+    _flatten,
+    lambda values, _: Plan(*values),
+    serialized_type_name="flexdga.Plan",
+)

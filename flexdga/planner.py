@@ -1,0 +1,300 @@
+"""From query, key and value to a `Plan`: importance, focal tokens, groups, handover times.
+
+A token is seen raw until its handover; from then on its focal copy or its group stands for it.
+What finds no slot stays raw to the end of its document, so nothing is ever lost.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flexdga.config import DGAConfig
+from flexdga.grouping import group_units, group_whole
+from flexdga.importance import prompt_importance, unit_importance
+from flexdga.indexing import compact, put, runs, take
+from flexdga.plan import NEVER, Plan
+
+
+class Documents(NamedTuple):
+    """Where each token's document lies. Padding has `first = NEVER` and `after = 0`.
+
+    Attributes:
+        first: (B, L) int32, the document's first token.
+        after: (B, L) int32, the first token after it.
+        packed: whether a row may hold several documents.
+    """
+
+    first: Tensor
+    after: Tensor
+    packed: bool
+
+
+def documents(
+    ids: Tensor | None, lengths: Tensor | None, shape: tuple[int, int], device: torch.device
+) -> Documents:
+    """Documents of a batch.
+
+    Args:
+        ids: (B, L), equal within a document, negative for padding; or None.
+        lengths: (B,), real tokens of right-padded rows; or None.
+        shape: (B, L); one document a row if neither is given.
+        device: where to put them.
+    """
+    if ids is not None:
+        first, after = runs(ids)
+        real = ids >= 0
+        return Documents(torch.where(real, first, NEVER), torch.where(real, after, 0), packed=True)
+    first = torch.zeros(shape, dtype=torch.int32, device=device)
+    if lengths is None:
+        return Documents(first, torch.full_like(first, shape[1]), packed=False)
+    after = lengths.to(device, torch.int32)[:, None].expand(shape)
+    real = torch.arange(shape[1], dtype=torch.int32, device=device) < after
+    return Documents(torch.where(real, first, NEVER), torch.where(real, after, 0), packed=False)
+
+
+def plan_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    docs: Documents,
+    *,
+    config: DGAConfig,
+    is_causal: bool,
+    scale: float,
+) -> Plan:
+    """Plan one attention call. One graph, static shapes for a given length and config.
+
+    Args:
+        query: (B, H, L, D).
+        key: (B, Hkv, L, D).
+        value: (B, Hkv, L, D).
+        docs: from `documents`.
+        config: the choices.
+        is_causal: False lets queries see both ways (`prompt` scope only).
+        scale: of the scores.
+    """
+    if config.scope == "causal":
+        chosen, score = _focal_by_unit(query, key, value, docs, config, scale)
+    else:
+        chosen, score = _focal_of_prompt(query, key, value, docs, config, is_causal, scale)
+    steps = key.shape[2] // config.step
+    capacity = config.focal_capacity(steps)
+    chosen = chosen & (chosen.cumsum(-1) <= capacity)
+    focal = compact(chosen, capacity)
+
+    if config.whole_sequence:
+        members = group_whole(~chosen, steps, config)
+    else:
+        free = _units(~chosen, config) & _in_last_document(docs, config)[:, None]
+        members = group_units(free, key, value, config)
+    # A group belongs to its last member's document; members of an earlier one have no query left.
+    last = members.amax(-1)
+    first, after = (t[:, None].expand(-1, key.shape[1], -1) for t in (docs.first, docs.after))
+    same = take(first, members) == take(first, last)[..., None]
+    members = torch.where((members >= 0) & same, members, -1)
+
+    member_score = None
+    if config.group_weights == "importance":
+        member_score = torch.where(members >= 0, take(score, members), 0.0)
+    return _intervals(focal, members, member_score, first, after, config, is_causal)
+
+
+def dense_plan(docs: Documents, kv_heads: int, *, is_causal: bool) -> Plan:
+    """Everything raw, nothing grouped: exact dense attention as a plan."""
+    first, after = (t[:, None].expand(-1, kv_heads, -1) for t in (docs.first, docs.after))
+    index = torch.arange(first.shape[-1], dtype=torch.int32, device=first.device).expand_as(first)
+    none = index.new_full((*index.shape[:2], 0), -1)
+    start = torch.maximum(index, first) if is_causal else first
+    return Plan(
+        *(torch.cat([t], -1) for t in _mark_dead(_Section(index, start, after))[1:]),
+        position=torch.cat([index], -1),
+        focal=none,
+        members=none[..., None],
+    )
+
+
+def _focal_of_prompt(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    docs: Documents,
+    config: DGAConfig,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Focal tokens by rank within their document: (B, Hkv, L) bool, and everybody's score."""
+    score = torch.zeros(key.shape[:3], dtype=torch.float32, device=key.device)
+    if config.needs_importance:
+        score = prompt_importance(
+            query, key, value, docs.first, docs.after,
+            config=config, is_causal=is_causal, scale=scale,
+        )  # fmt: skip
+    index = torch.arange(key.shape[2], dtype=torch.int32, device=key.device)
+    # A token that no query sees past its handover would waste a focal slot.
+    lives = _handover(index, config) < docs.after
+    if not is_causal:
+        lives = lives | ((_takeover(index, config) > docs.first) & (docs.after > 0))
+    lives, sink = lives[:, None], _sinks(docs, config)[:, None]
+    ranked = score.masked_fill(sink, torch.inf).masked_fill(~lives, -1.0)
+    size = (docs.after - docs.first).clamp(min=0).long()
+    quota = config.focal_quota(size, (docs.after > 0).sum(-1, keepdim=True))
+    if docs.packed:
+        chosen = _top_of_each_document(ranked, docs.first, quota)
+    else:
+        most = key.shape[2] // config.step * config.focal_per_step
+        chosen = _top(ranked, most, quota.amax(-1)[:, None, None])
+    return (chosen | sink) & lives, score
+
+
+def _focal_by_unit(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    docs: Documents,
+    config: DGAConfig,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The same by rank within each unit, from what is known at the unit's handover."""
+    units = (*key.shape[:2], key.shape[2] // config.unit_size, config.unit_size)
+    score = torch.zeros(units, dtype=torch.float32, device=key.device)
+    if config.needs_importance:
+        score = unit_importance(
+            query, key, value, docs.first,
+            config=config, lookahead=_lookahead(config), scale=scale,
+        )  # fmt: skip
+    lives = _in_last_document(docs, config)[:, None]
+    sink = _units(_sinks(docs, config), config)[:, None]
+    ranked = score.masked_fill(sink, torch.inf).masked_fill(~lives, -1.0)
+    chosen = (_top(ranked, config.focal_count(config.unit_size)) | sink) & lives
+    return chosen.flatten(2), score.flatten(2)
+
+
+def _top(score: Tensor, most: int, quota: Tensor | None = None) -> Tensor:
+    """Mask of the `most` highest entries of the last dimension, or the first `quota` of them."""
+    best = score.topk(most, dim=-1).indices
+    among = torch.ones_like(best, dtype=torch.bool)
+    if quota is not None:
+        among = torch.arange(most, device=score.device) < quota
+    return torch.zeros_like(score, dtype=torch.bool).scatter(-1, best, among.expand_as(best))
+
+
+def _top_of_each_document(score: Tensor, first: Tensor, quota: Tensor) -> Tensor:
+    """Mask of the highest entries of each document, as many as its (B, L) quota says."""
+    first, quota = (t[:, None].expand_as(score) for t in (first, quota))
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    order = order.gather(-1, first.gather(-1, order).argsort(dim=-1, stable=True))
+    rank = torch.arange(score.shape[-1], device=score.device) - runs(first.gather(-1, order))[0]
+    among = rank < quota.gather(-1, order)
+    return torch.zeros_like(score, dtype=torch.bool).scatter(-1, order, among)
+
+
+def _sinks(docs: Documents, config: DGAConfig) -> Tensor:
+    """(B, L) bool: the first tokens of each document."""
+    index = torch.arange(docs.first.shape[-1], dtype=torch.int32, device=docs.first.device)
+    return (docs.after > 0) & (index - docs.first < config.sinks)
+
+
+def _units(x: Tensor, config: DGAConfig) -> Tensor:
+    """(..., L) to (..., N, U)."""
+    return x.unflatten(-1, (-1, config.unit_size))
+
+
+def _in_last_document(docs: Documents, config: DGAConfig) -> Tensor:
+    """(B, N, U) bool: tokens in the document of their unit's last token.
+
+    The unit's other documents end inside it, so no query is left to see their slots.
+    """
+    first = _units(docs.first, config)
+    return (first == first[..., -1:]) & (first != NEVER)
+
+
+def _handover(last: Tensor, config: DGAConfig) -> Tensor:
+    """First query that sees the slot in place of raw tokens, of which `last` is the last."""
+    time = last + config.window
+    block = config.block_size[0]
+    return (time + block - 1) // block * block if config.align else time
+
+
+def _takeover(first: Tensor, config: DGAConfig) -> Tensor:
+    """Looking back from later tokens: first query that sees `first` raw in place of its slot."""
+    time = (first - max(config.window - 1, 0)).clamp(min=0)
+    block = config.block_size[0]
+    return time // block * block if config.align else time
+
+
+def _lookahead(config: DGAConfig) -> int:
+    """Tokens after a unit that are known at its handover, whichever unit it is."""
+    block, unit = config.block_size[0], config.unit_size
+    if config.align and unit % block == 0:
+        return -(-(unit - 1 + config.window) // block) * block - unit
+    return max(config.window - 1, 0)
+
+
+def _intervals(
+    focal: Tensor,
+    members: Tensor,
+    member_score: Tensor | None,
+    first: Tensor,
+    after: Tensor,
+    config: DGAConfig,
+    is_causal: bool,
+) -> Plan:
+    """Who sees which slot, clipped to documents; sections filled up to the kernel's key block."""
+    length = first.shape[-1]
+    group_last = members.amax(-1)
+    unit = config.unit_size
+
+    def handover(last: Tensor) -> Tensor:
+        if config.scope == "causal":  # all of a unit waits for its last token
+            last = last // unit * unit + unit - 1
+        return _handover(last, config)
+
+    focal_from, group_from = handover(focal), handover(group_last)
+    raw_end = put(put(after, focal, focal_from), members.flatten(2), _per_member(group_from, members))
+    index = torch.arange(length, dtype=torch.int32, device=first.device).expand_as(first)
+    focal_first, focal_after = take(first, focal), take(after, focal)
+    group_first, group_after = take(first, group_last), take(after, group_last)
+    size = (members >= 0).sum(-1, dtype=torch.int32)
+    middle = members.clamp(min=0).sum(-1, dtype=torch.int64) // size.clamp(min=1)
+
+    raw = _Section(index, index, torch.minimum(raw_end, after))
+    foc = _Section(focal, focal_from, torch.where(focal >= 0, focal_after, 0))
+    grp = _Section(middle.int(), group_from, torch.where(size > 0, group_after, 0))
+    if not is_causal:
+        earliest = torch.where(members >= 0, members, NEVER).amin(-1)
+        focal_to, group_to = _takeover(focal, config), _takeover(earliest, config)
+        start = put(put(first, focal, focal_to), members.flatten(2), _per_member(group_to, members))
+        raw = raw._replace(start=torch.maximum(start, first))
+        # Slots are seen from both sides of their tokens: once before, once after.
+        early = _Section(focal, focal_first, torch.where(focal >= 0, focal_to, 0))
+        foc = _Section(*(torch.cat(pair, -1) for pair in zip(early, foc)))
+        early = _Section(middle.int(), group_first, torch.where(size > 0, group_to, 0))
+        grp = _Section(*(torch.cat(pair, -1) for pair in zip(early, grp)))
+        focal = torch.cat([focal, focal], -1)
+        members = torch.cat([members, members], -2)
+        if member_score is not None:
+            member_score = torch.cat([member_score, member_score], -2)
+
+    # The kernel's masks capture these three. Inductor takes the result of a `cat` as it is, but
+    # nothing computed on top of it: dead slots are marked before.
+    position, start, end = (torch.cat(t, -1) for t in zip(*(_mark_dead(s) for s in (raw, foc, grp))))
+    return Plan(start, end, position, focal, members, member_score)
+
+
+def _mark_dead(section: _Section) -> _Section:
+    position, start, end = section
+    alive = start < end
+    return _Section(position, torch.where(alive, start, NEVER), torch.where(alive, end, 0))
+
+
+class _Section(NamedTuple):
+    position: Tensor
+    start: Tensor
+    end: Tensor
+
+
+def _per_member(group: Tensor, members: Tensor) -> Tensor:
+    return group[..., None].expand_as(members).flatten(2)

@@ -6,7 +6,8 @@ says how, `make_plan` makes its plan alone, and `DGAttention` is a whole attenti
 
 from flexdga.attention import dga_attention, make_plan
 from flexdga.config import DGAConfig
+from flexdga.module import DGAttention
 from flexdga.plan import Plan
 
 __version__ = "0.1.0"
-__all__ = ["DGAConfig", "Plan", "dga_attention", "make_plan"]
+__all__ = ["DGAConfig", "DGAttention", "Plan", "dga_attention", "make_plan"]

@@ -23,10 +23,19 @@ RECOMPILE_LIMIT = 64
 
 @overload
 def dga_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, config: DGAConfig | None = ...,
-    is_causal: bool = ..., scale: float | None = ..., score_mod: ScoreMod | None = ...,
-    document_ids: Tensor | None = ..., lengths: Tensor | None = ..., plan: Plan | None = ...,
-    return_plan: Literal[False] = ..., kernel_options: dict[str, Any] | None = ...,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    config: DGAConfig | None = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    score_mod: ScoreMod | None = ...,
+    document_ids: Tensor | None = ...,
+    lengths: Tensor | None = ...,
+    plan: Plan | None = ...,
+    return_plan: Literal[False] = ...,
+    kernel_options: dict[str, Any] | None = ...,
 ) -> Tensor: ...
 @overload
 def dga_attention(
@@ -164,8 +173,9 @@ def _plan(
         )  # fmt: skip
 
 
+_compile: Any = torch.compile  # its annotations lag behind its arguments
 _compiled: dict[Callable[..., Any], Callable[..., Any]] = {
-    function: torch.compile(
+    function: _compile(
         function, fullgraph=True, isolate_recompiles=True, recompile_limit=RECOMPILE_LIMIT
     )
     for function in (plan_attention, attend)

@@ -49,15 +49,20 @@ def block_mask(
         g = h // rep
         return (start[b, g, s] <= q) & (q < end[b, g, s])
 
-    tables = []
-    for blocks in visible_blocks(plan, block_size):
-        blocks = blocks.repeat_interleave(rep, 1)
-        order = compact(blocks, blocks.shape[-1]).clamp(min=0)
-        tables += [blocks.sum(-1, dtype=torch.int32), order.contiguous()]
+    part, whole = (_as_table(t.repeat_interleave(rep, 1)) for t in visible_blocks(plan, block_size))
     return BlockMask.from_kv_blocks(
-        *tables,
+        kv_num_blocks=part[0],
+        kv_indices=part[1],
+        full_kv_num_blocks=whole[0],
+        full_kv_indices=whole[1],
         BLOCK_SIZE=block_size,
         mask_mod=mask_mod,
         seq_lengths=(plan.length, plan.num_slots),
         compute_q_blocks=backward,
     )
+
+
+def _as_table(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., Q, KV) bool to how many each row has, and which come first: int32 both."""
+    order = compact(blocks, blocks.shape[-1]).clamp(min=0)
+    return blocks.sum(-1, dtype=torch.int32), order.contiguous()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flexdga.config import DGAConfig
@@ -45,7 +44,9 @@ def compress(
     if config.group_bias == "mass":
         # With weights p, log Σ exp(s_i) >= Σ p_i s_i + H(p): the group's score plus the entropy.
         entropy = torch.special.entr(weight).sum(-1)
-        bias = torch.cat([torch.zeros_like(plan.start[..., : -entropy.shape[-1]]).float(), entropy], -1)
+        bias = torch.cat(
+            [torch.zeros_like(plan.start[..., : -entropy.shape[-1]]).float(), entropy], -1
+        )
     return Slots(
         torch.cat([key, take_rows(key, plan.focal), group_key], 2),
         torch.cat([value, take_rows(value, plan.focal), group_value], 2),

@@ -37,7 +37,7 @@ def mark() -> dict[str, Any]:
     return {_MARK: REGISTER_BLOCK} if _available() else {}
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _available() -> bool:
     """Install the repairs on first use; a compiler that traces this runs it."""
     if os.environ.get("FLEXDGA_STOCK_CPU_KERNEL", "0") not in ("", "0"):
@@ -64,12 +64,13 @@ def _install() -> None:
         return
     import torch._inductor.lowering  # noqa: F401, I001  (before the next: they import each other)
     from torch._inductor.codegen import cpp, cpp_flex_attention_template as template
-    from torch._inductor.kernel.flex import flex_attention as lowering
+    from torch._inductor.kernel.flex import flex_attention
 
-    flex = template.CppFlexAttentionTemplate
+    lowering: Any = flex_attention
+    flex: Any = template.CppFlexAttentionTemplate
     stock_lower, stock_init = lowering.lower_cpu, flex.__init__
     stock_modification, stock_micro_gemm = flex.modification, flex.micro_gemm_define
-    stock_blocking = template.GemmBlocking
+    stock_blocking = vars(template)["GemmBlocking"]
     marked = False
 
     def lower_cpu(*args: Any) -> Any:
@@ -98,7 +99,8 @@ def _install() -> None:
 
     def micro_gemm_define(self: Any, kernel_name: str) -> Any:
         def blocking(*stock: int) -> Any:
-            return stock_blocking(*(REGISTER_BLOCK if self.flexdga else stock[:2]), stock[2])
+            rows, columns = REGISTER_BLOCK if self.flexdga else stock[:2]
+            return stock_blocking(rows, columns, stock[2])
 
         with patch.object(template, "GemmBlocking", blocking):
             return stock_micro_gemm(self, kernel_name)

@@ -78,7 +78,9 @@ def _unit_scale(x: Tensor) -> Tensor:
 
 def _principal_projection(rows: Tensor) -> Tensor:
     """(..., T, D) centred rows to (..., T): two power iterations from the longest row."""
-    longest = rows.norm(dim=-1).argmax(-1)[..., None, None].expand(*rows.shape[:-2], 1, rows.shape[-1])
+    longest = (
+        rows.norm(dim=-1).argmax(-1)[..., None, None].expand(*rows.shape[:-2], 1, rows.shape[-1])
+    )
     direction = rows.gather(-2, longest)
     for _ in range(2):
         direction = (rows @ direction.mT).mT @ rows

@@ -6,6 +6,8 @@ U tokens of a unit, W tokens of a unit and its lookahead, D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +18,7 @@ from flexdga.indexing import take_rows
 MIN_SEEN = 8
 """A mean over fewer far probes than this is taken as if there were this many (DESIGN: far-mean)."""
 SUM_STAGE = 16
-"""Keys summed at a time in a softmax; every length here is a multiple of it."""
+"""Tokens summed at a time over a prompt; its length in whole steps is a multiple of it."""
 SMOOTHING = 5
 """Neighbouring tokens whose importance is averaged into a token's own."""
 
@@ -60,7 +62,7 @@ def prompt_importance(
     seen_BPL = (pos >= start_BP[:, :, None]) & (pos < stop_BP[:, :, None]) & real_BP[:, :, None]
     if is_causal:
         seen_BPL = seen_BPL & (far_BPL <= 0)
-    weight_BGPL = _attention_weights(score_BGRPL, seen_BPL[:, None, None]).mean(2)
+    weight_BGPL = _attention_weights(score_BGRPL, seen_BPL[:, None, None], _total).mean(2)
     beyond_BPL = seen_BPL & (far_BPL.abs() >= config.window)
     return _reduce(weight_BGPL, seen_BPL[:, None], beyond_BPL[:, None], value, config)
 
@@ -94,10 +96,12 @@ def unit_importance(
     """
     batch, heads, total, head_dim = query.shape
     kv_heads, unit = key.shape[1], config.unit_size
-    units, width = total // unit, -(-(unit + lookahead) // SUM_STAGE) * SUM_STAGE
+    units, width = total // unit, unit + lookahead
     offset_W = torch.arange(width, dtype=torch.int32, device=query.device)
     count = min(config.probes, width)
-    offset_P = (torch.arange(count, dtype=torch.int32, device=query.device) + 1) * width // count - 1
+    offset_P = (
+        torch.arange(count, dtype=torch.int32, device=query.device) + 1
+    ) * width // count - 1
     base_N = torch.arange(units, dtype=torch.int32, device=query.device)[:, None] * unit
     # A unit whose lookahead passes the end is never handed over: what it reads there is unused.
     band_NW = (base_N + offset_W).clamp(max=total - 1)
@@ -116,8 +120,10 @@ def unit_importance(
     # No probe is a whole window away from the last tokens of a unit: half a window has to do.
     beyond_BNPW = seen_BNPW & (gap_PW >= config.window // 2)
     v = value.view(batch, kv_heads, units, unit, head_dim)
-    parts = (weight_BGNPW, seen_BNPW[:, None], beyond_BNPW[:, None])
-    return _reduce(*(part[..., :unit] for part in parts), v, config)
+    mine = (..., slice(unit))  # of the band, the unit itself
+    return _reduce(
+        weight_BGNPW[mine], seen_BNPW[:, None][mine], beyond_BNPW[:, None][mine], v, config
+    )
 
 
 def _probe_positions(after: Tensor, config: DGAConfig) -> tuple[Tensor, Tensor]:
@@ -136,15 +142,22 @@ def _probe_positions(after: Tensor, config: DGAConfig) -> tuple[Tensor, Tensor]:
     return position.clamp(max=after.shape[-1] - 1), real
 
 
-def _attention_weights(score: Tensor, seen: Tensor) -> Tensor:
+def _attention_weights(
+    score: Tensor, seen: Tensor, total: Callable[[Tensor], Tensor] = lambda x: x.sum(-1)
+) -> Tensor:
     top = score.masked_fill(~seen, float("-inf")).amax(-1, keepdim=True)
     weight = torch.where(seen, torch.exp(score - top), 0.0)
-    # In two stages, since Inductor compiles sums over more than 4096 elements apart.
-    total = weight.unflatten(-1, (-1, SUM_STAGE)).sum(-1).sum(-1)
-    return weight / total.clamp(min=1e-30)[..., None]
+    return weight / total(weight)[..., None].clamp(min=1e-30)
 
 
-def _reduce(weight: Tensor, seen: Tensor, beyond: Tensor, value: Tensor, config: DGAConfig) -> Tensor:
+def _total(x: Tensor) -> Tensor:
+    """Sum over the tokens, in two stages: Inductor compiles anew for sums of more than 4096."""
+    return x.unflatten(-1, (-1, SUM_STAGE)).sum(-1).sum(-1)
+
+
+def _reduce(
+    weight: Tensor, seen: Tensor, beyond: Tensor, value: Tensor, config: DGAConfig
+) -> Tensor:
     """(..., P, K) weights of probes on keys to (..., K) importance, by `config.importance`."""
     if config.importance == "sum":
         return torch.where(seen, weight, 0.0).sum(-2)

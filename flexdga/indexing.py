@@ -15,9 +15,7 @@ def compact(mask: Tensor, capacity: int) -> Tensor:
     rank = mask.cumsum(-1)
     slot = torch.where(mask & (rank <= capacity), rank - 1, capacity)
     index = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device).expand_as(slot)
-    out = torch.full(
-        (*mask.shape[:-1], capacity + 1), -1, dtype=torch.int32, device=mask.device
-    )
+    out = torch.full((*mask.shape[:-1], capacity + 1), -1, dtype=torch.int32, device=mask.device)
     return out.scatter(-1, slot, index)[..., :capacity]
 
 

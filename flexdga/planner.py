@@ -106,14 +106,10 @@ def dense_plan(docs: Documents, kv_heads: int, *, is_causal: bool) -> Plan:
     """Everything raw, nothing grouped: exact dense attention as a plan."""
     first, after = (t[:, None].expand(-1, kv_heads, -1) for t in (docs.first, docs.after))
     index = torch.arange(first.shape[-1], dtype=torch.int32, device=first.device).expand_as(first)
-    none = index.new_full((*index.shape[:2], 0), -1)
     start = torch.maximum(index, first) if is_causal else first
-    return Plan(
-        *(torch.cat([t], -1) for t in _mark_dead(_Section(index, start, after))[1:]),
-        position=torch.cat([index], -1),
-        focal=none,
-        members=none[..., None],
-    )
+    position, start, end = _mark_dead(_Section(index, start, after))
+    none = index.new_full((*index.shape[:2], 0, 1), -1)
+    return Plan(start, end, position.contiguous(), none[..., 0], none)
 
 
 def _focal_of_prompt(
@@ -253,7 +249,9 @@ def _intervals(
         return _handover(last, config)
 
     focal_from, group_from = handover(focal), handover(group_last)
-    raw_end = put(put(after, focal, focal_from), members.flatten(2), _per_member(group_from, members))
+    raw_end = put(
+        put(after, focal, focal_from), members.flatten(2), _per_member(group_from, members)
+    )
     index = torch.arange(length, dtype=torch.int32, device=first.device).expand_as(first)
     focal_first, focal_after = take(first, focal), take(after, focal)
     group_first, group_after = take(first, group_last), take(after, group_last)
@@ -280,7 +278,9 @@ def _intervals(
 
     # The kernel's masks capture these three. Inductor takes the result of a `cat` as it is, but
     # nothing computed on top of it: dead slots are marked before.
-    position, start, end = (torch.cat(t, -1) for t in zip(*(_mark_dead(s) for s in (raw, foc, grp))))
+    position, start, end = (
+        torch.cat(t, -1) for t in zip(*(_mark_dead(s) for s in (raw, foc, grp)))
+    )
     return Plan(start, end, position, focal, members, member_score)
 
 

@@ -1,0 +1,47 @@
+"""Blocks are computed from intervals; here they are held against the full mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import qkv, small
+from hypothesis import given
+from hypothesis import strategies as st
+from test_planner import layout_arguments, layouts, planners
+
+from flexdga import make_plan
+from flexdga.block_mask import block_mask, visible_blocks
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+
+@given(planner=planners, layout=layouts, causal=st.booleans(), blocks=st.sampled_from([16, 32]))
+def test_blocks_agree_with_the_mask(planner, layout, causal, blocks):
+    config = small(**planner, block_size=(blocks, 16))
+    arguments, _ = layout_arguments(layout, 2, 150)
+    plan = make_plan(*qkv(batch=2, length=150), config=config, is_causal=causal, **arguments)
+    part, whole = visible_blocks(plan, config.block_size)
+    mask = plan.visible(torch.arange(plan.length))
+    pad = -plan.num_slots % 16
+    mask = torch.nn.functional.pad(mask, (0, pad))
+    tiles = mask.unflatten(-1, (-1, 16)).unflatten(-3, (-1, blocks))
+    touched, full = tiles.any(-1).any(-2), tiles.all(-1).all(-2)
+    assert not (part & whole).any()
+    assert not (touched & ~(part | whole)).any()  # nothing visible is left out
+    assert not (whole & ~full).any()  # nothing hidden is taken for visible
+
+
+def test_tables_list_the_blocks_of_every_query_head():
+    config = small()
+    plan = make_plan(*qkv(heads=6, length=150), config=config)
+    mask = block_mask(plan, 6, config.block_size)
+    part, whole = visible_blocks(plan, config.block_size)
+    for blocks, count, index in (
+        (part, mask.kv_num_blocks, mask.kv_indices),
+        (whole, mask.full_kv_num_blocks, mask.full_kv_indices),
+    ):
+        assert count.shape[1] == 6
+        for h in range(6):
+            for row in range(count.shape[2]):
+                listed = index[0, h, row, : count[0, h, row]].tolist()
+                assert listed == blocks[0, h // 3, row].nonzero()[:, 0].tolist()

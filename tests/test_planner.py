@@ -1,0 +1,173 @@
+"""The invariants of every plan: coverage, and causality bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import qkv, small
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexdga import DGAConfig, make_plan, reference
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+planners = st.fixed_dictionaries(
+    {
+        "focal_ratio": st.sampled_from([0.0, 1 / 16, 0.1, 0.37, 1.0]),
+        "window": st.sampled_from([0, 1, 7, 16, 40]),
+        "sinks": st.sampled_from([0, 4]),
+        "grouping": st.sampled_from(["sequence", "similarity"]),
+        "importance": st.sampled_from(["sum", "far_mean"]),
+        "group_size": st.sampled_from([1, 4, 8]),
+        "align": st.booleans(),
+    }
+)
+layouts = st.sampled_from(["plain", "lengths", "left", "packed"])
+lengths = st.sampled_from([1, 17, 64, 97, 211])
+
+
+def layout_arguments(layout: str, batch: int, length: int) -> tuple[dict, torch.Tensor]:
+    """Keyword arguments for a layout, and the document ids that they mean."""
+    index = torch.arange(length).expand(batch, length)
+    row = torch.arange(batch)[:, None]
+    if layout == "plain":
+        return {}, torch.zeros(batch, length, dtype=torch.long)
+    if layout == "lengths":
+        real = (length - 5 * row[:, 0]).clamp(min=0)
+        return {"lengths": real}, torch.where(index < real[:, None], 0, -1)
+    if layout == "left":
+        ids = torch.where(index < 3 + 10 * row, -1, 0)
+    else:  # uneven documents with a gap of padding between two of them
+        ids = (index * (5 + row) // length).clamp(max=3)
+        ids = torch.where(index == length // 2, -1, ids)
+        ids = torch.where((index > length // 2) & (ids >= 0), ids + 1, ids)
+    return {"document_ids": ids}, ids
+
+
+def allowed(ids: torch.Tensor, is_causal: bool) -> torch.Tensor:
+    seen = (ids[:, None] == ids[None, :]) & (ids >= 0)
+    return seen.tril() if is_causal else seen
+
+
+def assert_covered(plan, ids: torch.Tensor, is_causal: bool) -> None:
+    length = ids.shape[1]
+    for b in range(ids.shape[0]):
+        want = allowed(ids[b], is_causal).long()
+        for g in range(plan.start.shape[1]):
+            got = reference.coverage(plan, b, g, length)
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@given(planner=planners, layout=layouts, length=lengths, scope=st.sampled_from(["prompt", "causal"]))
+def test_every_past_token_is_seen_exactly_once(planner, layout, length, scope):
+    config = small(**planner, scope=scope)
+    given_layout, ids = layout_arguments(layout, 2, length)
+    plan = make_plan(*qkv(batch=2, heads=4, length=length), config=config, **given_layout)
+    assert_covered(plan, ids, is_causal=True)
+
+
+@given(planner=planners, layout=layouts, length=lengths)
+def test_bidirectional_plans_show_every_token_exactly_once(planner, layout, length):
+    given_layout, ids = layout_arguments(layout, 2, length)
+    plan = make_plan(
+        *qkv(batch=2, length=length), config=small(**planner), is_causal=False, **given_layout
+    )
+    assert_covered(plan, ids, is_causal=False)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DGAConfig.paper(block_size=(16, 16)),
+        DGAConfig.cca(block_size=(16, 16), window=64),
+        small(focal_budget=20),
+        small(focal_budget=1000),
+        small(probe_placement="tail"),
+        small(group_weights="importance", focal_ratio=0.0),
+        small(group_size=12, unit_size=48, grouping="similarity"),
+        small(unit_size=40, scope="causal", align=False, window=3),
+    ],
+    ids=str,
+)
+def test_coverage_of_named_settings(config):
+    plan = make_plan(*qkv(length=300), config=config)
+    assert_covered(plan, torch.zeros(1, 300, dtype=torch.long), is_causal=True)
+
+
+def test_the_coverage_check_notices_one_wrong_interval():
+    plan = make_plan(*qkv(length=200), config=small())
+    plan.end[0, 0, plan.length // 2] += 1
+    with pytest.raises(AssertionError):
+        assert_covered(plan, torch.zeros(1, 200, dtype=torch.long), is_causal=True)
+
+
+@given(planner=planners, layout=st.sampled_from(["plain", "packed"]), token=st.integers(0, 210))
+def test_causal_plans_do_not_look_ahead(planner, layout, token):
+    """What a query sees is the same whatever comes after it: intervals, tokens and members."""
+    config = small(**planner, scope="causal")
+    arguments, _ = layout_arguments(layout, 1, 211)
+    inputs = qkv(length=211)
+    before = make_plan(*inputs, config=config, **arguments)
+    for x in inputs:
+        x[:, :, token] += 10 * torch.randn_like(x[:, :, token])
+    after = make_plan(*inputs, config=config, **arguments)
+    past = torch.arange(token)
+    seen = [plan.visible(past) for plan in (before, after)]
+    assert torch.equal(*seen)
+    slots = seen[0].any(-2)
+    for g in range(2):
+        tokens = [
+            [reference._members(plan, 0, g, s) for s in slots[0, g].nonzero()[:, 0].tolist()]
+            for plan in (before, after)
+        ]
+        assert tokens[0] == tokens[1]
+
+
+def test_focal_tokens_are_those_that_probes_attend_to():
+    query, key, value = qkv(length=256)
+    for needle in (70, 131):
+        key[:, :, needle] = 4 * query.mean((0, 1, 2)).sign() + 2
+    query += 1.0
+    for importance in ("sum", "far_mean"):
+        config = small(importance=importance, focal_ratio=0.05)
+        plan = make_plan(query, key, value, config=config)
+        for g in range(2):
+            assert {70, 131} <= set(plan.focal[0, g].tolist())
+
+
+def test_sinks_are_focal_in_every_document():
+    arguments, ids = layout_arguments("packed", 1, 211)
+    plan = make_plan(*qkv(length=211), config=small(focal_ratio=0.2, sinks=2), **arguments)
+    focal = set(plan.focal[0, 0].tolist())
+    for document in ids.unique():
+        first = int((ids[0] == document).nonzero()[0, 0])
+        long_enough = int((ids[0] == document).sum()) > 48
+        if document >= 0 and long_enough:
+            assert {first, first + 1} <= focal
+
+
+def test_similar_tokens_share_groups():
+    """Two kinds of tokens, interleaved: groups by likeness are pure, groups in order are not."""
+    query, key, value = qkv(length=128)
+    kind = torch.arange(128) % 2
+    key, value = (0.1 * t + 3 * (2 * kind - 1)[:, None] for t in (key, value))
+    pure = {}
+    for grouping in ("similarity", "sequence"):
+        config = small(grouping=grouping, focal_ratio=0.0, sinks=0)
+        members = make_plan(query, key, value, config=config).members
+        kinds = torch.where(members >= 0, kind[members.clamp(min=0)], -1)
+        alive = members[..., 0] >= 0
+        first = kinds[..., :1]
+        pure[grouping] = ((kinds == first) | (kinds < 0)).all(-1)[alive].float().mean().item()
+    assert pure["similarity"] == 1.0
+    assert pure["sequence"] < 0.1
+
+
+@pytest.mark.parametrize("ratio", [0.1, 1 / 3, 0.07, 0.999])
+def test_focal_ratio_is_rounded_down_as_written(ratio):
+    config = DGAConfig.paper(focal_ratio=ratio, block_size=(16, 16))
+    for length in (50, 100, 130, 300):
+        plan = make_plan(*qkv(length=length), config=config)
+        want = int(length * ratio + 1e-9)
+        assert (plan.focal >= 0).sum(-1).tolist() == [[want, want]]

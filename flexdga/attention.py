@@ -176,7 +176,11 @@ def _plan(
 _compile: Any = torch.compile  # its annotations lag behind its arguments
 _compiled: dict[Callable[..., Any], Callable[..., Any]] = {
     function: _compile(
-        function, fullgraph=True, isolate_recompiles=True, recompile_limit=RECOMPILE_LIMIT
+        function,
+        fullgraph=True,
+        dynamic=False,  # but for the dimensions that `_run` marks
+        isolate_recompiles=True,
+        recompile_limit=RECOMPILE_LIMIT,
     )
     for function in (plan_attention, attend)
 }

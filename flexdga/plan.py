@@ -34,7 +34,7 @@ class Plan:
         position: (B, Hkv, S) int32, where the slot stands in the sequence: a token's own
             position, or the mean of the group's (rounded down). Score mods read it.
         focal: (B, Hkv, F) int32, the token that each focal slot copies; -1 for none.
-        members: (B, Hkv, G, m) int32, the tokens of each group, in order; -1 for none.
+        members: (B, Hkv, G, m) int32, the tokens of each group; -1 for none.
         member_score: (B, Hkv, G, m) float32, their importance, where the weights need it.
         open: (B, H, query blocks, units) bool, units opened raw to a query block. Reserved.
     """

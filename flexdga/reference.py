@@ -81,6 +81,8 @@ def attend(
         for g in range(key.shape[1]):
             q = query[b, g * rep : (g + 1) * rep].double()
             tokens, weights = slot_weights(plan, b, g, q, key[b, g].double(), group_weights, scale)
+            if not tokens:
+                continue
             k = torch.stack([w @ key[b, g, t].double() for t, w in zip(tokens, weights)])
             v = torch.stack([w @ value[b, g, t].double() for t, w in zip(tokens, weights)])
             bias = torch.zeros(len(tokens), dtype=torch.float64)
@@ -121,7 +123,7 @@ def slot_weights(
             continue
         weight = torch.ones(len(members), dtype=torch.float64) / len(members)
         if s >= first_group and group_weights == "last_query":
-            weight = torch.softmax(q[:, members[-1]] @ k[members].T * scale, -1).mean(0)
+            weight = torch.softmax(q[:, members.max()] @ k[members].T * scale, -1).mean(0)
         elif s >= first_group and group_weights == "importance":
             assert plan.member_score is not None
             score = plan.member_score[b, g, s - first_group].double() + 1e-12

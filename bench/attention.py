@@ -1,0 +1,247 @@
+"""The subcommand `attention`: one attention call, Dynamic Group Attention against dense ones."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexdga import DGAConfig
+
+from . import baselines, hardware, measure, options
+from .errors import UsageError
+from .progress import Stages
+from .report import Report, absent_by_length
+from .session import Compiled, LayerRow, Row, Session
+from .workloads import QKV, ModelSource, Shape, default_text, random_qkv
+
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+MODEL_LENGTH = 4096
+BUDGET, LAYER_BUDGET = 4.0, 1.0
+"""Seconds of timed calls for each length, and for each layer of a model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Checked options; `lengths` None = the workload's own, `layers` empty = all."""
+
+    lengths: tuple[int, ...] | None
+    dtype: torch.dtype
+    device: torch.device
+    threads: int | None
+    shape: Shape
+    repeats: int | None
+    seed: int
+    config: DGAConfig
+    json: str | None
+    csv: str | None
+    plot: str | None
+    model: Path | None
+    text: str | None
+    layers: tuple[int, ...]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `flexdga-bench attention`."""
+    # fmt: off
+    add = parser.add_argument
+    add(
+        "--lengths",
+        type=options.lengths,
+        metavar="L,L,...",
+        help=f"tokens (default {','.join(map(str, LENGTHS))}; with --model {MODEL_LENGTH})",
+    )
+    add("--dtype", choices=list(options.DTYPES), default="float32")
+    add("--device", choices=["cpu", "cuda"], default=options.default_device())
+    add("--threads", type=options.positive_int, metavar="N", help="CPU threads (default torch's)")
+    for name, default in dataclasses.asdict(Shape()).items():
+        add(
+            f"--{name.replace('_', '-')}",
+            type=options.positive_int,
+            metavar="N",
+            help=f"of the random tensors (default {default})",
+        )
+    add(
+        "--repeats",
+        type=options.positive_int,
+        metavar="N",
+        help=f"rounds at every length (default as many as {BUDGET:.0f} s hold, "
+        f"{measure.MIN_ROUNDS} to {measure.MAX_ROUNDS})",
+    )
+    add("--seed", type=int, default=0)
+    add(
+        "--config",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a field of DGAConfig, or preset=paper|cca; repeatable. Without it DGAConfig's "
+        "defaults, but dense_below=0: DGA is measured at every length",
+    )
+    add("--json", metavar="PATH", help="all numbers as JSON; - for stdout (tables go to stderr)")
+    add("--csv", metavar="PATH", help="the rows as CSV")
+    add("--plot", metavar="PATH.png", help="time against length (needs the `plot` extra)")
+    add(
+        "--model",
+        type=Path,
+        metavar="FOLDER",
+        help="measure on q, k, v of this local Hugging Face model (needs the `hf` extra)",
+    )
+    add("--text", type=Path, metavar="FILE", help="what the model reads (default: Python's help)")
+    add("--layers", type=options.layers, metavar="all|0,5,...", help="of the model (default all)")
+    # fmt: on
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print the tables, write the files."""
+    begin = time.perf_counter()
+    chosen = _check(arguments)
+    if chosen.threads is not None:
+        torch.set_num_threads(chosen.threads)
+    torch.manual_seed(chosen.seed)
+    source = _open_model(chosen) if chosen.model is not None else None
+    lengths = _lengths(chosen, source)
+    with torch.no_grad():
+        report = _measure(chosen, source, lengths, begin)
+    _deliver(report, chosen)
+    return 0
+
+
+def _check(a: argparse.Namespace) -> Options:
+    """Everything that can be wrong, found before anything runs."""
+    given = {name: getattr(a, name) for name in dataclasses.asdict(Shape())}
+    given = {name: value for name, value in given.items() if value is not None}
+    shape = Shape(**given)
+    if a.model is None:
+        for name in ("text", "layers"):
+            if getattr(a, name) is not None:
+                raise UsageError(f"--{name} is about a model's run: expected --model with it")
+    else:
+        options.check_installed("--model", "transformers", "hf")
+        if given:
+            wrong = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UsageError(f"{wrong}: the model decides, expected none with --model")
+    if shape.heads % shape.kv_heads:
+        raise UsageError(
+            f"--kv-heads {shape.kv_heads}: expected a divisor of --heads {shape.heads}"
+        )
+    options.check_output("--json", a.json)
+    options.check_output("--csv", a.csv)
+    options.check_output("--plot", a.plot, ".png")
+    if a.plot is not None:
+        options.check_installed("--plot", "matplotlib", "plot")
+    text = None
+    if a.model is not None:
+        try:
+            text = default_text() if a.text is None else a.text.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--text {a.text}: {error}") from error
+    return Options(
+        lengths=a.lengths, dtype=options.DTYPES[a.dtype], device=options.check_device(a.device),
+        threads=a.threads, shape=shape, repeats=a.repeats, seed=a.seed,
+        config=options.parse_config(a.config, dense_below=0), json=a.json, csv=a.csv,
+        plot=a.plot, model=a.model, text=text, layers=a.layers or (),
+    )  # fmt: skip
+
+
+def _open_model(chosen: Options) -> ModelSource:
+    assert chosen.model is not None and chosen.text is not None
+    longest = max(chosen.lengths or (MODEL_LENGTH,))
+    return ModelSource.open(
+        chosen.model, chosen.text, longest=longest, layers=chosen.layers,
+        dtype=chosen.dtype, device=chosen.device,
+    )  # fmt: skip
+
+
+def _lengths(chosen: Options, source: ModelSource | None) -> tuple[int, ...]:
+    if source is None:
+        return chosen.lengths or LENGTHS
+    available = len(source.tokens)
+    if chosen.lengths is not None and chosen.lengths[-1] > available:
+        raise UsageError(
+            f"--lengths: model and text give {available} tokens at most, got {chosen.lengths[-1]}"
+        )
+    return chosen.lengths or (available,)
+
+
+def _measure(
+    chosen: Options, source: ModelSource | None, lengths: tuple[int, ...], begin: float
+) -> Report:
+    if source is None:
+        shape = chosen.shape
+        captured: list[QKV] = []
+    else:
+        print("running the model once ...", file=sys.stderr, flush=True)
+        captured = source.capture()
+        q, k = captured[0].query, captured[0].key
+        shape = Shape(q.shape[0], q.shape[1], k.shape[1], q.shape[3])
+
+    def random(length: int) -> QKV:
+        return random_qkv(shape, length, dtype=chosen.dtype, device=chosen.device, seed=chosen.seed)
+
+    found, missing = baselines.methods(chosen.config, random(128))
+    budget = BUDGET if source is None else LAYER_BUDGET
+    session = Session(found, chosen.device, chosen.repeats, budget)
+    rows: list[Row] = []
+    layers: list[LayerRow] = []
+    compiled: list[Compiled] = []
+    refused = []
+    with Stages(len(lengths) * max(len(captured), 1)) as stages:
+        for length in lengths:
+            samples = []
+            for x in (whole.first(length) for whole in captured) if captured else [random(length)]:
+                stages.begin(f"L = {length}" + ("" if x.layer is None else f", layer {x.layer}"))
+                sample, more, why = session.sample(x, stages.detail)
+                samples.append(sample)
+                compiled += more
+                refused.append((length, why))
+                stages.end()
+            rows += session.rows(samples)
+            layers += session.layer_rows(samples)
+    header = _header(chosen, shape, source, rows, time.perf_counter() - begin)
+    return Report(header, rows, layers, compiled, missing, absent_by_length(refused))
+
+
+def _header(
+    chosen: Options, shape: Shape, source: ModelSource | None, rows: list[Row], seconds: float
+) -> dict[str, Any]:
+    runs = sorted({row.runs for row in rows if row.method == baselines.DGA})
+    header: dict[str, Any] = {
+        "hardware": hardware.device_name(chosen.device),
+        "threads": torch.get_num_threads(),
+        "versions": hardware.versions(),
+        "shapes": f"B={shape.batch}, H={shape.heads}, Hkv={shape.kv_heads}, D={shape.head_dim}, "
+        f"{str(chosen.dtype).removeprefix('torch.')}, causal",
+        "DGAConfig": options.non_default_fields(chosen.config),
+        "rounds": f"{runs[0]}" if len(runs) == 1 else f"{runs[0]} to {runs[-1]}",
+        "inputs": f"random, seed {chosen.seed}",
+        "wall time": f"{seconds:.0f} s",
+    }
+    if source is not None:
+        header["inputs"] = (
+            f"{source.path.name} on {len(source.tokens)} tokens, {len(source.layers)} layers"
+        )
+    return header
+
+
+def _deliver(report: Report, chosen: Options) -> None:
+    """Tables to stdout, or to stderr where the JSON takes stdout; then the files."""
+    to_stdout = chosen.json == "-"
+    text = report.text(measure.PEAK_SOURCE[chosen.device.type])
+    print(text, file=sys.stderr if to_stdout else sys.stdout)
+    if to_stdout:
+        print(report.json())
+    elif chosen.json is not None:
+        Path(chosen.json).write_text(report.json() + "\n")
+    if chosen.csv is not None:
+        with open(chosen.csv, "w", newline="") as file:
+            report.write_csv(file)
+    if chosen.plot is not None:
+        from .plot import save_plot
+
+        header = report.header
+        save_plot(chosen.plot, report.rows, f"{header['hardware']}\n{header['shapes']}")

@@ -1,0 +1,66 @@
+"""The command `flexdga-bench`: one subcommand per kind of measurement."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+
+from flexdga import __version__
+
+from . import attention
+from .errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A subcommand: its line of help, its options, and what it does (returns the exit status)."""
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+COMMANDS: dict[str, Command] = {
+    "attention": Command(
+        "time, work and error of one attention call against dense baselines (the default)",
+        attention.add_arguments,
+        attention.run,
+    ),
+}
+DEFAULT = "attention"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv` (None = the process's own) and return the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
+        words.insert(0, DEFAULT)
+    try:
+        arguments = _parser().parse_args(words)
+    except SystemExit as stop:  # argparse has said why
+        return int(stop.code or 0)
+    try:
+        return COMMANDS[arguments.command].run(arguments)
+    except UsageError as error:
+        print(f"flexdga-bench {arguments.command}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "flexdga-bench",
+        description=f"Measure flexdga on this machine. Without a command: {DEFAULT}, whose "
+        f"options `flexdga-bench {DEFAULT} --help` lists.",
+    )
+    parser.add_argument("--version", action="version", version=f"flexdga {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(name, help=command.help, description=command.help.capitalize())
+        command.add_arguments(sub)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

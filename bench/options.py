@@ -1,0 +1,134 @@
+"""What options of several subcommands are made of: numbers, lists, a `DGAConfig`, output paths."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+
+from flexdga import DGAConfig
+
+from .errors import UsageError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRESETS: dict[str, Callable[..., DGAConfig]] = {"paper": DGAConfig.paper, "cca": DGAConfig.cca}
+_BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def positive_int(text: str) -> int:
+    """An int of at least 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an int of at least 1, got {text!r}")
+    return int(text)
+
+
+def lengths(text: str) -> tuple[int, ...]:
+    """Comma-separated positive ints, ascending and each once, for argparse."""
+    return tuple(sorted({positive_int(part.strip()) for part in text.split(",")}))
+
+
+def layers(text: str) -> tuple[int, ...]:
+    """Comma-separated layer indices, or `all` (empty), for argparse."""
+    if text == "all":
+        return ()
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"expected 'all' or indices such as 0,5, got {text!r}")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def default_device() -> str:
+    """`cuda` where there is one, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(name: str) -> torch.device:
+    """The device of that name, if this machine has it."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: this PyTorch sees no CUDA device; expected cpu")
+    return torch.device(name)
+
+
+def parse_config(pairs: Sequence[str], **defaults: Any) -> DGAConfig:
+    """The `DGAConfig` that `--config key=value ...` asks for.
+
+    Args:
+        pairs: `key=value`, the key a field of DGAConfig or `preset` (paper, cca).
+        defaults: fields that differ from DGAConfig's own defaults unless a pair names them.
+    """
+    kinds = get_type_hints(DGAConfig)
+    make: Callable[..., DGAConfig] = DGAConfig
+    changes = dict(defaults)
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or (key != "preset" and key not in kinds):
+            raise UsageError(
+                f"--config {pair}: expected key=value with a key of: preset, {', '.join(kinds)}"
+            )
+        if key == "preset":
+            if text not in PRESETS:
+                raise UsageError(f"--config {pair}: expected a preset of: {', '.join(PRESETS)}")
+            make = PRESETS[text]
+            continue
+        try:
+            changes[key] = _parse_value(text, kinds[key])
+        except ValueError as error:
+            raise UsageError(f"--config {pair}: expected {_spell(kinds[key])}") from error
+    try:
+        return make(**changes)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--config: {error}") from error
+
+
+def non_default_fields(config: DGAConfig) -> dict[str, Any]:
+    """The fields in which `config` differs from `DGAConfig()`."""
+    plain = dataclasses.asdict(DGAConfig())
+    return {key: value for key, value in dataclasses.asdict(config).items() if value != plain[key]}
+
+
+def _parse_value(text: str, kind: Any) -> Any:
+    """`text` as a field's annotated type; ValueError where it is none."""
+    if isinstance(kind, types.UnionType):  # int | None is the only one
+        return None if text.lower() == "none" else _parse_value(text, get_args(kind)[0])
+    if get_origin(kind) is tuple:
+        return tuple(int(part) for part in text.split(","))
+    if get_origin(kind) is Literal:
+        return text  # DGAConfig knows the choices
+    if kind is bool:
+        if text.lower() not in _BOOLS:
+            raise ValueError(text)
+        return _BOOLS[text.lower()]
+    return kind(text)
+
+
+def _spell(kind: Any) -> str:
+    if get_origin(kind) is tuple:
+        return "comma-separated ints, such as 128,128"
+    if kind is bool:
+        return "true or false"
+    return f"{kind.__name__}" if isinstance(kind, type) else f"{kind}"
+
+
+def check_output(option: str, path: str | None, suffix: str | None = None) -> None:
+    """Fail unless a file can be written at `path` (None and `-` always can)."""
+    if path is None or path == "-":
+        return
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise UsageError(f"{option} {path}: the folder {target.parent} does not exist")
+    if target.is_dir():
+        raise UsageError(f"{option} {path}: expected a file, this is a folder")
+    if suffix is not None and target.suffix.lower() != suffix:
+        raise UsageError(f"{option} {path}: expected a name that ends in {suffix}")
+
+
+def check_installed(option: str, module: str, extra: str) -> None:
+    """Fail unless the optional dependency `module` is there."""
+    if importlib.util.find_spec(module) is None:
+        raise UsageError(f"{option} needs {module}: pip install flexdga[{extra}]")

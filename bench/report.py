@@ -1,0 +1,183 @@
+"""A measurement as text of 80 columns, JSON or CSV."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import textwrap
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Any, TextIO
+
+from tabulate import tabulate
+
+from .session import Compiled, LayerRow, Row
+
+WIDTH = 80
+
+LEGEND = {
+    "ms": "median of interleaved calls; inputs are ready on "
+    "the device, the output is allocated inside. DGA is the whole of dga_attention: planning, "
+    "group coding, block mask and kernel. flex dense finds its causal block mask made.",
+    "±": "half the distance from the fastest to the slowest call; 1 run: too slow for more.",
+    "plan": "time of make_plan alone over DGA's time.",
+    "speedup": "time of the fastest SDPA backend over this method's.",
+    "computed": "score entries in the blocks that the kernel visits, over the L(L+1)/2 of dense "
+    "causal attention, mean of the heads (SDPA: 1 by definition).",
+    "error": "|output - dense| / |dense| (Frobenius norms), dense being SDPA in float32.",
+}
+ON_RANDOM = (
+    "Random tensors have no structure that could be kept: their error says nothing about a "
+    "model's (--model does)."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All that a measurement found.
+
+    Attributes:
+        header: facts about machine, versions and settings, in order.
+        rows: methods, length by length.
+        layers: DGA layer by layer, of a model.
+        compiled: first calls that compiled.
+        missing: methods that this machine lacks, and why.
+        left_out: methods left out at some lengths: (method, reason) to the lengths.
+    """
+
+    header: dict[str, Any]
+    rows: list[Row]
+    layers: list[LayerRow]
+    compiled: list[Compiled]
+    missing: dict[str, str]
+    left_out: dict[int, dict[str, str]]
+
+    def text(self, peak_source: str) -> str:
+        """Header, tables and legend."""
+        of_model = bool(self.layers)
+        parts = ["\n".join(_wrap(f"{key}: {_spell(value)}") for key, value in self.header.items())]
+        for length, rows in groupby(self.rows, key=lambda row: row.length):
+            found = list(rows)
+            parts.append(_length_table(found, of_model))
+            own = [row for row in self.layers if row.length == length]
+            parts.append(_layer_table(own) if own else "")
+        parts.append(self._absent())
+        parts.append(_compile_table(self.compiled))
+        legend = LEGEND | {"MiB": f"peak memory of a call beyond its inputs ({peak_source})."}
+        if of_model:
+            legend["error"] += " Mean over the layers; max: of the worst layer."
+            legend["ms"] += " Median over the layers."
+            del legend["±"]
+        else:
+            legend["error"] += f" {ON_RANDOM}"
+        parts.append("\n".join(_wrap(f"{key}: {text}") for key, text in legend.items()))
+        return "\n\n".join(part for part in parts if part)
+
+    def _absent(self) -> str:
+        lines = [f"{name}: {reason}" for name, reason in self.missing.items()]
+        for length, reasons in self.left_out.items():
+            lines += [f"{name}, L = {length}: {reason}" for name, reason in reasons.items()]
+        return "\n".join(["Left out", *(_wrap(f"- {line}") for line in lines)]) if lines else ""
+
+    def json(self) -> str:
+        """Everything with full digits."""
+        return json.dumps(dataclasses.asdict(self), indent=2, default=str)
+
+    def write_csv(self, file: TextIO) -> None:
+        """The rows, one line per method and length."""
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
+        writer.writeheader()
+        writer.writerows(dataclasses.asdict(row) for row in self.rows)
+
+
+def _length_table(rows: Sequence[Row], of_model: bool) -> str:
+    first = rows[0]
+    title = f"L = {first.length}" + (f", {first.layers} layers" if of_model else "")
+    lines = []
+    for row in rows:
+        line = {"method": row.method, "ms": _number(row.median_ms)}
+        if not of_model:
+            spread = _number((row.max_ms - row.min_ms) / 2, 2)
+            line["±"] = spread if row.runs > 1 else "1 run"
+        line["plan"] = "" if row.planner_share is None else f"{row.planner_share:.0%}"
+        line["speedup"] = _ratio(row.speedup)
+        line["computed"] = f"{row.computed:.3f}"
+        line["error"] = _error(row.error)
+        if of_model:
+            line["max"] = _error(row.error_max)
+        line["MiB"] = _number(row.peak_mib, 2)
+        lines.append(line)
+    return f"{title}\n{_table(lines)}"
+
+
+def _layer_table(rows: Sequence[LayerRow]) -> str:
+    lines = [
+        {
+            "layer": str(row.layer),
+            "DGA ms": _number(row.median_ms),
+            "speedup": _ratio(row.speedup),
+            "computed": f"{row.computed:.3f}",
+            "error": _error(row.error),
+        }
+        for row in rows
+    ]
+    return _table(lines)
+
+
+def _compile_table(compiled: Sequence[Compiled]) -> str:
+    if not compiled:
+        return "Nothing was compiled."
+    lines = [
+        {
+            "compiled": row.method,
+            "at L": str(row.length),
+            "graphs": str(row.graphs),
+            "first call s": _number(row.first_call_s),
+            "of that compiling s": _number(row.compile_s),
+        }
+        for row in compiled
+    ]
+    return f"Compilation (no other first call compiled anything)\n{_table(lines)}"
+
+
+def _table(lines: Sequence[dict[str, str]]) -> str:
+    align = ["left", *["right"] * (len(lines[0]) - 1)]
+    return tabulate(lines, headers="keys", tablefmt="github", colalign=align, disable_numparse=True)
+
+
+def _number(value: float, digits: int = 3) -> str:
+    """So many significant digits, and whole digits never rounded away."""
+    if value == 0:
+        return "0"
+    whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
+    return f"{value:.{min(max(digits - whole, 0), 4)}f}"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _error(value: float) -> str:
+    return "0" if value == 0 else f"{value:.3f}" if value >= 1e-3 else f"{value:.0e}"
+
+
+def _spell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={item}" for key, item in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(str(item) for item in value)
+    return str(value)
+
+
+def _wrap(line: str) -> str:
+    return textwrap.fill(line, WIDTH, subsequent_indent="  ")
+
+
+def absent_by_length(reasons: Iterable[tuple[int, dict[str, str]]]) -> dict[int, dict[str, str]]:
+    """Reasons gathered by length, lengths without any left out."""
+    gathered: dict[int, dict[str, str]] = {}
+    for length, found in reasons:
+        if found:
+            gathered.setdefault(length, {}).update(found)
+    return gathered

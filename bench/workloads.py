@@ -1,0 +1,155 @@
+"""What attention is measured on: random tensors, or the q, k, v of a real model on a real text."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import UsageError
+
+_CAPTURE = "flexdga_bench_capture"
+
+
+@dataclasses.dataclass(frozen=True)
+class QKV:
+    """One attention call's inputs: (B, H, L, D), (B, Hkv, L, D) twice; scale None = 1/√D."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float | None = None
+    layer: int | None = None
+
+    @property
+    def length(self) -> int:
+        """L."""
+        return self.query.shape[2]
+
+    @property
+    def grouped(self) -> bool:
+        """Whether query heads share KV heads."""
+        return self.query.shape[1] != self.key.shape[1]
+
+    def first(self, length: int) -> QKV:
+        """The first `length` tokens, contiguous."""
+        q, k, v = (x[:, :, :length].contiguous() for x in (self.query, self.key, self.value))
+        return dataclasses.replace(self, query=q, key=k, value=v)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Head layout of random tensors."""
+
+    batch: int = 1
+    heads: int = 8
+    kv_heads: int = 8
+    head_dim: int = 64
+
+
+def random_qkv(
+    shape: Shape, length: int, *, dtype: torch.dtype, device: torch.device, seed: int
+) -> QKV:
+    """Independent normal numbers: all that timing needs, and the hardest case for the error."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(heads: int) -> Tensor:
+        x = torch.randn(shape.batch, heads, length, shape.head_dim, generator=generator)
+        return x.to(device, dtype)
+
+    return QKV(draw(shape.heads), draw(shape.kv_heads), draw(shape.kv_heads))
+
+
+def default_text() -> str:
+    """The help topics of Python's own documentation: in every Python, about 700 KB of English."""
+    from pydoc_data import topics
+
+    return "\n".join(topics.topics[name] for name in sorted(topics.topics))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """A local Hugging Face model and the token ids to run it on, checked."""
+
+    path: Path
+    tokens: tuple[int, ...]
+    layers: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        text: str,
+        *,
+        longest: int,
+        layers: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> ModelSource:
+        """Read config and tokenizer only; no `layers` = all.
+
+        Raises:
+            UsageError: no model there, or it lacks the layers.
+        """
+        from transformers import AutoConfig, AutoTokenizer
+
+        if not (path / "config.json").is_file():
+            raise UsageError(f"--model {path}: expected a model's folder, with a config.json")
+        try:
+            config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
+            tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--model {path}: {error}") from error
+        config = config.get_text_config()
+        count = config.num_hidden_layers
+        chosen = layers or tuple(range(count))
+        if max(chosen) >= count:
+            raise UsageError(f"--layers: the model has layers 0 to {count - 1}, got {max(chosen)}")
+        longest = min(longest, config.max_position_embeddings)
+        tokens = tokenizer(text, truncation=True, max_length=longest)["input_ids"]
+        return cls(path, tuple(tokens), chosen, dtype, device)
+
+    def capture(self) -> list[QKV]:
+        """Run the model once; q, k, v of each chosen layer as attention gets them (rotated)."""
+        from transformers import AttentionInterface, AttentionMaskInterface, AutoModel
+
+        found: list[QKV] = []
+
+        def attend(
+            module: Any,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: Tensor | None,
+            scaling: float | None = None,
+            **options: Any,
+        ) -> tuple[Tensor, None]:
+            for name in ("sliding_window", "softcap", "s_aux"):
+                if options.get(name) is not None:
+                    raise UsageError(f"--model: layer {module.layer_idx} is no plain causal "
+                                     f"attention, it has {name}={options[name]}")  # fmt: skip
+            if module.layer_idx in self.layers:
+                found.append(QKV(query, key, value, scaling, module.layer_idx))
+            out = F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )  # fmt: skip
+            return out.transpose(1, 2).contiguous(), None
+
+        AttentionInterface.register(_CAPTURE, attend)
+        AttentionMaskInterface.register(_CAPTURE, lambda *_, **__: None)  # plain causal: no mask
+        model = AutoModel.from_pretrained(
+            self.path, dtype=self.dtype, attn_implementation=_CAPTURE, local_files_only=True
+        )
+        model = model.eval().to(self.device)
+        with torch.no_grad():
+            model(torch.tensor([self.tokens], device=self.device), use_cache=False)
+        captured = list(found)
+        found.clear()  # transformers keeps `attend`, which keeps `found`
+        return captured

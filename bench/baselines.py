@@ -24,7 +24,7 @@ MATH_LIMIT = 2**30
 
 _SDPA = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
-    "SDPA memeff": SDPBackend.EFFICIENT_ATTENTION,
+    "SDPA eff.": SDPBackend.EFFICIENT_ATTENTION,
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
     "SDPA math": SDPBackend.MATH,
 }

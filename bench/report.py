@@ -20,12 +20,12 @@ LEGEND = {
     "ms": "median of interleaved calls; inputs are ready on "
     "the device, the output is allocated inside. DGA is the whole of dga_attention: planning, "
     "group coding, block mask and kernel. flex dense finds its causal block mask made.",
-    "±": "half the distance from the fastest to the slowest call; 1 run: too slow for more.",
+    "±": "half the distance from the fastest to the slowest call; once: a single call.",
     "plan": "time of make_plan alone over DGA's time.",
     "speedup": "time of the fastest SDPA backend over this method's.",
     "computed": "score entries in the blocks that the kernel visits, over the L(L+1)/2 of dense "
     "causal attention, mean of the heads (SDPA: 1 by definition).",
-    "error": "|output - dense| / |dense| (Frobenius norms), dense being SDPA in float32.",
+    "err": "|output - dense| / |dense| (Frobenius norms), dense being SDPA in float32.",
 }
 ON_RANDOM = (
     "Random tensors have no structure that could be kept: their error says nothing about a "
@@ -66,11 +66,11 @@ class Report:
         parts.append(_compile_table(self.compiled))
         legend = LEGEND | {"MiB": f"peak memory of a call beyond its inputs ({peak_source})."}
         if of_model:
-            legend["error"] += " Mean over the layers; max: of the worst layer."
+            legend["err"] += " Mean over the layers; max: of the worst layer."
             legend["ms"] += " Median over the layers."
             del legend["±"]
         else:
-            legend["error"] += f" {ON_RANDOM}"
+            legend["err"] += f" {ON_RANDOM}"
         parts.append("\n".join(_wrap(f"{key}: {text}") for key, text in legend.items()))
         return "\n\n".join(part for part in parts if part)
 
@@ -99,11 +99,11 @@ def _length_table(rows: Sequence[Row], of_model: bool) -> str:
         line = {"method": row.method, "ms": _number(row.median_ms)}
         if not of_model:
             spread = _number((row.max_ms - row.min_ms) / 2, 2)
-            line["±"] = spread if row.runs > 1 else "1 run"
+            line["±"] = spread if row.runs > 1 else "once"
         line["plan"] = "" if row.planner_share is None else f"{row.planner_share:.0%}"
         line["speedup"] = _ratio(row.speedup)
         line["computed"] = f"{row.computed:.3f}"
-        line["error"] = _error(row.error)
+        line["err"] = _error(row.error)
         if of_model:
             line["max"] = _error(row.error_max)
         line["MiB"] = _number(row.peak_mib, 2)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexdga.checks import check_inputs, check_plan
-from flexdga.config import DGAConfig
+from flexdga.config import DGAConfig, as_constant
 from flexdga.kernel import attend
 from flexdga.plan import NEVER, Plan
 from flexdga.planner import Documents, dense_plan, documents, plan_attention
@@ -91,7 +91,7 @@ def dga_attention(
         TypeError: an argument is of the wrong type or dtype.
         NotImplementedError: a gradient is asked for on CPU, where flex_attention has none.
     """
-    config = config if config is not None else DGAConfig()
+    config = _checked(config)
     check_inputs(query, key, value, config, is_causal, scale, score_mod, document_ids, lengths)
     if plan is not None:
         check_plan(plan, query, key, config, is_causal, document_ids, lengths)
@@ -110,7 +110,9 @@ def dga_attention(
         plan = _plan(query, key, value, docs, config, is_causal, scale)
     out = _run(
         attend, query, key, value, plan,
-        config=config, scale=scale, score_mod=score_mod, kernel_options=kernel_options,
+        weights=config.group_weights, mass=config.group_bias == "mass",
+        block_size=config.block_size, scale=scale, score_mod=score_mod,
+        kernel_options=kernel_options,
     )  # fmt: skip
     out = out[:, :, :length]
     return (out, plan) if return_plan else out
@@ -131,7 +133,7 @@ def make_plan(
 
     `config.dense_below` plays no part: a short sequence is planned like a long one.
     """
-    config = config if config is not None else DGAConfig()
+    config = _checked(config)
     check_inputs(query, key, value, config, is_causal, scale, None, document_ids, lengths)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     docs = documents(document_ids, lengths, (query.shape[0], query.shape[2]), query.device)
@@ -139,13 +141,22 @@ def make_plan(
     return _plan(query, key, value, docs, config, is_causal, scale)
 
 
+def _checked(config: DGAConfig | None) -> DGAConfig:
+    if config is None:
+        config = DGAConfig()
+    elif not isinstance(config, DGAConfig):
+        raise TypeError(f"config: expected a DGAConfig, got {type(config).__name__}")
+    return as_constant(config) if torch.compiler.is_compiling() else config
+
+
 def _in_steps(
     query: Tensor, key: Tensor, value: Tensor, docs: Documents, config: DGAConfig
 ) -> tuple[Tensor, Tensor, Tensor, Documents]:
     """Everything padded to whole steps of the plan."""
     length, step = query.shape[2], config.step
-    # Two steps at least: torch.compile would specialise on one.
-    fill = torch.sym_max(-(-length // step), 2) * step - length
+    fill = -length % step
+    if not torch.compiler.is_compiling() and length <= step:
+        fill += step  # two steps at least: our own compilations would specialise on one
 
     def padded(x: Tensor, dim: int, value: int = 0) -> Tensor:
         if not torch.compiler.is_compiling() and fill == 0:

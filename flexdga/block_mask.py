@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexdga.indexing import compact
+from flexdga.indexing import compact, heads_per_kv_head
 from flexdga.plan import NEVER, Plan
 
 
@@ -43,7 +43,7 @@ def block_mask(
     `backward` adds the transposed tables that a gradient needs.
     """
     start, end = plan.start, plan.end
-    rep = query_heads // start.shape[1]
+    rep = heads_per_kv_head(query_heads, start.shape[1])
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, s: Tensor) -> Tensor:
         g = h // rep

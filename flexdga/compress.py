@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexdga.config import DGAConfig
+from flexdga.config import GroupWeights
 from flexdga.indexing import take_rows
 from flexdga.plan import Plan
 
@@ -21,7 +21,14 @@ class Slots(NamedTuple):
 
 
 def compress(
-    query: Tensor, key: Tensor, value: Tensor, plan: Plan, *, config: DGAConfig, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Plan,
+    *,
+    weights: GroupWeights,
+    mass: bool,
+    scale: float,
 ) -> Slots:
     """Raw tokens, copies of the focal ones, and one weighted mean per group.
 
@@ -33,15 +40,16 @@ def compress(
         key: (B, Hkv, L, D).
         value: (B, Hkv, L, D).
         plan: for this shape.
-        config: `group_weights`, `group_bias`.
+        weights: how members weigh in their group.
+        mass: whether groups get the entropy of their weights as bias.
         scale: of the scores.
     """
-    weight = group_weights(query, key, plan, config=config, scale=scale)
+    weight = group_weights(query, key, plan, weights=weights, scale=scale)
     pool = weight.to(key)[..., None, :]
     group_key = (pool @ take_rows(key, plan.members)).squeeze(-2)
     group_value = (pool @ take_rows(value, plan.members)).squeeze(-2)
     bias = None
-    if config.group_bias == "mass":
+    if mass:
         # With weights p, log Σ exp(s_i) >= Σ p_i s_i + H(p): the group's score plus the entropy.
         entropy = torch.special.entr(weight).sum(-1)
         bias = torch.cat(
@@ -55,7 +63,7 @@ def compress(
 
 
 def group_weights(
-    query: Tensor, key: Tensor, plan: Plan, *, config: DGAConfig, scale: float
+    query: Tensor, key: Tensor, plan: Plan, *, weights: GroupWeights, scale: float
 ) -> Tensor:
     """(B, Hkv, G, m) float32 weights of each group's members; 0 for absent ones.
 
@@ -65,9 +73,9 @@ def group_weights(
     """
     members = plan.members
     here = members >= 0
-    if config.group_weights == "mean":
+    if weights == "mean":
         return here.float() / here.sum(-1, keepdim=True).clamp(min=1)
-    if config.group_weights == "importance":
+    if weights == "importance":
         assert plan.member_score is not None  # checked where plans come in
         share = torch.where(here, plan.member_score + 1e-12, 0.0)
         return share / share.sum(-1, keepdim=True).clamp(min=1e-30)

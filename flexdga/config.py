@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
 Importance = Literal["far_mean", "sum"]
 Grouping = Literal["similarity", "sequence"]
@@ -113,6 +113,7 @@ class DGAConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
         self._check_block_size()
+        self._derive()
         self._check_combinations()
 
     @staticmethod
@@ -133,6 +134,11 @@ class DGAConfig:
                 raise ValueError(f"block_size: expected powers of two, got {size}")
 
     def _check_combinations(self) -> None:
+        room = self.step
+        if self.sinks > room:
+            raise ValueError(
+                f"sinks: expected at most {room} (a step of the plan), got {self.sinks}"
+            )
         if self.open_units:
             raise ValueError(
                 f"open_units: expected 0 (opening raw units is not available in this release), "
@@ -185,55 +191,46 @@ class DGAConfig:
         """
         return cls.paper(**({"focal_ratio": 0.0, "window": 1024} | changes))
 
-    @property
-    def whole_sequence(self) -> bool:
-        """Whether groups run over the whole prompt instead of staying inside units."""
-        return self.scope == "prompt" and self.grouping == "sequence"
+    # Derived once; fields and not properties, so that compilers find constants in them.
+    whole_sequence: bool = dataclasses.field(init=False, repr=False, compare=False)
+    """Whether groups run over the whole prompt instead of staying inside units."""
+    step: int = dataclasses.field(init=False, repr=False, compare=False)
+    """Sequences are planned in whole steps of this many tokens, the last filled with padding.
 
-    @property
-    def step(self) -> int:
-        """Sequences are planned in whole steps of this many tokens, the last filled with padding.
+    Every table's size is then a multiple of the number of steps: simple symbolic shapes, and
+    sections that start on key blocks.
+    """
+    needs_importance: bool = dataclasses.field(init=False, repr=False, compare=False)
+    """Whether anything depends on the importance of tokens."""
+    focal_per_step: int = dataclasses.field(init=False, repr=False, compare=False)
+    """Focal slots set aside for each step of the sequence."""
+    focal_per_unit: int = dataclasses.field(init=False, repr=False, compare=False)
+    """γ of a unit, rounded down: what `causal` scope chooses from each."""
+    focal_share: tuple[int, int] = dataclasses.field(init=False, repr=False, compare=False)
+    """γ as the ratio that the user wrote: 0.1 is 1/10, not the binary fraction below it."""
 
-        Every table's size is then a multiple of the number of steps: simple symbolic shapes, and
-        sections that start on key blocks.
-        """
-        unit = 1 if self.whole_sequence else self.unit_size
-        return math.lcm(*self.block_size, unit)
-
-    @property
-    def needs_importance(self) -> bool:
-        """Whether anything depends on the importance of tokens."""
+    def _derive(self) -> None:
+        derive = functools.partial(object.__setattr__, self)
+        whole = self.scope == "prompt" and self.grouping == "sequence"
+        derive("whole_sequence", whole)
+        derive("step", math.lcm(*self.block_size, 1 if whole else self.unit_size))
         focal = self.focal_ratio if self.focal_budget is None else self.focal_budget
-        return focal > 0 or self.group_weights == "importance"
-
-    @property
-    def focal_per_step(self) -> int:
-        """Focal slots set aside for each step of the sequence."""
+        derive("needs_importance", focal > 0 or self.group_weights == "importance")
+        share = Fraction(self.focal_ratio).limit_denominator(1 << 20)
+        derive("focal_share", share.as_integer_ratio())
+        derive("focal_per_unit", math.floor(self.unit_size * share))
         if self.scope == "causal":
-            return self.focal_count(self.unit_size) * (self.step // self.unit_size)
-        share = self.focal_ratio if self.focal_budget is None else 1.0
-        return math.ceil(self.step * share)
-
-    def focal_capacity(self, steps: int) -> int:
-        """Focal slots of a plan over `steps` steps, with room for the sinks."""
-        room = steps * self.focal_per_step
-        if self.focal_budget is not None:
-            room = torch.sym_min(room, max(self.focal_budget, self.sinks))
-        return room + max(self.sinks - self.focal_per_step, 0)
-
-    def focal_count(self, length: int) -> int:
-        """γ·length, rounded down."""
-        top, bottom = _as_fraction(self.focal_ratio)
-        return length * top // bottom
-
-    def focal_quota(self, size: Tensor, total: Tensor) -> Tensor:
-        """Focal tokens that a document of `size` tokens earns in a row of `total` real tokens."""
-        if self.focal_budget is not None:
-            return torch.minimum(size, self.focal_budget * size // total.clamp(min=1))
-        top, bottom = _as_fraction(self.focal_ratio)
-        return size * top // bottom
+            per_step = self.focal_per_unit * (self.step // self.unit_size)
+        else:
+            per_step = math.ceil(self.step * (share if self.focal_budget is None else 1))
+        derive("focal_per_step", per_step)
 
 
-def _as_fraction(ratio: float) -> tuple[int, int]:
-    """The ratio that the user wrote: 0.1 is 1/10, not the binary fraction below it."""
-    return Fraction(ratio).limit_denominator(1 << 20).as_integer_ratio()
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def as_constant(config: DGAConfig) -> DGAConfig:
+    """A copy whose fields are constants to a compiler that traces this.
+
+    Under `dynamic=True` it would make symbols of the integers otherwise. It must be a copy: the
+    compiler knows the config itself already, as an object with variable fields.
+    """
+    return dataclasses.replace(config)

@@ -72,7 +72,9 @@ def save_plan_png(plan: Plan, path: str, *, batch: int, head: int) -> None:
     for axis, section, (name, _, color) in zip(axes, parts, _SECTIONS):
         colors = matplotlib.colors.ListedColormap(["white", color])
         extent = (0, section.stop - section.start, plan.length, 0)
-        axis.imshow(seen[:, section], cmap=colors, aspect="auto", extent=extent, vmin=0, vmax=1)
+        axis.imshow(
+            seen[:, section].numpy(), cmap=colors, aspect="auto", extent=extent, vmin=0, vmax=1
+        )
         axis.set_title(name)
         axis.set_xlabel("slot")
     axes[0].set_ylabel("query")

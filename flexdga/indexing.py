@@ -47,3 +47,11 @@ def runs(ids: Tensor) -> tuple[Tensor, Tensor]:
     first = torch.where(torch.cat([edge, change], -1), index, 0).cummax(-1).values
     after = torch.where(torch.cat([change, edge], -1), index + 1, length)
     return first, after.flip(-1).cummin(-1).values.flip(-1)
+
+
+def heads_per_kv_head(query_heads: int, kv_heads: int) -> int:
+    """Query heads that share a KV head, as a number that a compiler specialises on.
+
+    The kernel's mods divide by it; `range` is what makes a symbolic integer a constant.
+    """
+    return len(range(query_heads)) // len(range(kv_heads))

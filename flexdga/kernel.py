@@ -11,7 +11,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from flexdga import cpu_kernel
 from flexdga.block_mask import block_mask
 from flexdga.compress import Slots, compress
-from flexdga.config import DGAConfig
+from flexdga.config import GroupWeights
+from flexdga.indexing import heads_per_kv_head
 from flexdga.plan import Plan, with_null_slot
 from score_mods import ScoreMod, needs_null_slot
 
@@ -22,15 +23,35 @@ def attend(
     value: Tensor,
     plan: Plan,
     *,
-    config: DGAConfig,
+    weights: GroupWeights,
+    mass: bool,
+    block_size: tuple[int, int],
     scale: float,
     score_mod: ScoreMod | None,
     kernel_options: dict[str, Any] | None,
 ) -> Tensor:
-    """Attention of every query to the slots that the plan lets it see: (B, H, L, Dv)."""
+    """Attention of every query to the slots that the plan lets it see.
+
+    It takes the few choices that it needs, not a config: other planners share its compilation.
+
+    Args:
+        query: (B, H, L, D), L in whole steps of the plan.
+        key: (B, Hkv, L, D).
+        value: (B, Hkv, L, Dv).
+        plan: for this shape.
+        weights: `DGAConfig.group_weights`.
+        mass: whether `DGAConfig.group_bias` is `mass`.
+        block_size: (query, key) tile of the kernel.
+        scale: of the scores.
+        score_mod: the user's, of token positions.
+        kernel_options: for flex_attention.
+
+    Returns:
+        (B, H, L, Dv).
+    """
     if needs_null_slot(score_mod):
         plan = with_null_slot(plan)
-    slots = compress(query, key, value, plan, config=config, scale=scale)
+    slots = compress(query, key, value, plan, weights=weights, mass=mass, scale=scale)
     backward = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     options: Any = dict(kernel_options or {})
     if query.device.type == "cpu":
@@ -40,7 +61,7 @@ def attend(
         slots.key,
         slots.value,
         score_mod=_slot_score_mod(score_mod, plan, slots, query.shape[1]),
-        block_mask=block_mask(plan, query.shape[1], config.block_size, backward=backward),
+        block_mask=block_mask(plan, query.shape[1], block_size, backward=backward),
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
         kernel_options=options,
@@ -53,7 +74,7 @@ def _slot_score_mod(
 ) -> ScoreMod | None:
     """The user's score mod at the slots' positions, then the groups' bias."""
     position, bias = plan.position, slots.bias
-    rep = query_heads // position.shape[1]
+    rep = heads_per_kv_head(query_heads, position.shape[1])
     if user is None and bias is None:
         return None
 

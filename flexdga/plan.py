@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -69,34 +69,39 @@ class Plan:
         q = query_index.to(self.start).unsqueeze(-1)
         return (self.start.unsqueeze(-2) <= q) & (q < self.end.unsqueeze(-2))
 
-    def visible_per_slot(self) -> Tensor:
+    def queries_per_slot(self) -> Tensor:
         """(B, Hkv, S) int64: how many queries see each slot."""
-        return (self.end.clamp(max=self.length).long() - self.start.long()).clamp(min=0)
+        return (self.end.long() - self.start.long()).clamp(min=0)
+
+    def real_length(self) -> Tensor:
+        """(B, Hkv) int64: tokens from the first real one to the last, padding around them apart."""
+        return (self.end.amax(-1).long() - self.start.amin(-1).long()).clamp(min=0)
 
     def cost(self, *, is_causal: bool = True) -> float:
-        """Visible slots as a share of what dense attention computes over the same length."""
-        dense = self.length * (self.length + 1) // 2 if is_causal else self.length**2
-        batch, heads = self.start.shape[:2]
-        return self.visible_per_slot().sum().item() / (dense * batch * heads)
+        """Visible slots as a share of what dense attention computes over the same tokens."""
+        length = self.real_length().double()
+        dense = length * (length + 1) / 2 if is_causal else length**2
+        return (self.queries_per_slot().sum() / dense.sum().clamp(min=1)).item()
 
     def describe(self) -> str:
-        """A few lines for people: the slots by section and what they save."""
-        length, seen = self.length, self.visible_per_slot().double()
-        sizes = [length, self.focal.shape[-1], self.members.shape[-2]]
-        alive = [part.gt(0).double().sum(-1).mean().item() for part in seen.split(sizes, -1)]
-        per_query = [part.sum(-1).mean().item() / length for part in seen.split(sizes, -1)]
+        """A few lines for people: the slots by section, and what they save."""
+        tokens = self.real_length().double().mean().item()
+        sizes = [self.length, self.focal.shape[-1], self.members.shape[-2]]
+        parts = [part.double() for part in self.queries_per_slot().split(sizes, -1)]
+        alive = [part.gt(0).double().sum(-1).mean().item() for part in parts]
+        seen = [part.sum(-1).mean().item() / max(tokens, 1) for part in parts]
         lines = [
-            f"Plan for {length} tokens: batch {self.start.shape[0]}, "
+            f"Plan for {tokens:.0f} tokens: batch {self.start.shape[0]}, "
             f"KV heads {self.start.shape[1]}, {self.num_slots} slots",
             "section   slots in use   seen by a query",
         ]
         lines += [
             f"{name:<9} {count:>12.0f}   {mean:>15.1f}"
-            for name, count, mean in zip(("raw", "focal", "group"), alive, per_query)
+            for name, count, mean in zip(("raw", "focal", "group"), alive, seen)
         ]
         lines.append(
-            f"a query sees {sum(per_query):.1f} slots on average, {(length + 1) / 2:.1f} tokens "
-            f"with dense causal attention: cost {self.cost():.3f}"
+            f"together {sum(seen):.1f}; with dense causal attention {(tokens + 1) / 2:.1f}: "
+            f"cost {self.cost():.3f}"
         )
         return "\n".join(lines)
 
@@ -132,13 +137,15 @@ def with_null_slot(plan: Plan) -> Plan:
     )
 
 
-def _flatten(plan: Plan) -> tuple[list[Any], None]:
-    return [getattr(plan, field.name) for field in dataclasses.fields(plan)], None
+def _flatten(plan: Plan) -> tuple[list[Tensor], list[str]]:
+    names = [f.name for f in dataclasses.fields(plan) if getattr(plan, f.name) is not None]
+    return [getattr(plan, name) for name in names], names
 
 
 torch.utils._pytree.register_pytree_node(
     Plan,
     _flatten,
-    lambda values, _: Plan(*values),
+    lambda values, names: Plan(**dict(zip(names, values))),
     serialized_type_name="flexdga.Plan",
 )
+torch.serialization.add_safe_globals([Plan])

@@ -81,7 +81,7 @@ def plan_attention(
     else:
         chosen, score = _focal_of_prompt(query, key, value, docs, config, is_causal, scale)
     steps = key.shape[2] // config.step
-    capacity = config.focal_capacity(steps)
+    capacity = _focal_capacity(steps, config)
     chosen = chosen & (chosen.cumsum(-1) <= capacity)
     focal = compact(chosen, capacity)
 
@@ -135,8 +135,7 @@ def _focal_of_prompt(
         lives = lives | ((_takeover(index, config) > docs.first) & (docs.after > 0))
     lives, sink = lives[:, None], _sinks(docs, config)[:, None]
     ranked = score.masked_fill(sink, torch.inf).masked_fill(~lives, -1.0)
-    size = (docs.after - docs.first).clamp(min=0).long()
-    quota = config.focal_quota(size, (docs.after > 0).sum(-1, keepdim=True))
+    quota = _focal_quota(docs, config)
     if docs.packed:
         chosen = _top_of_each_document(ranked, docs.first, quota)
     else:
@@ -164,8 +163,26 @@ def _focal_by_unit(
     lives = _in_last_document(docs, config)[:, None]
     sink = _units(_sinks(docs, config), config)[:, None]
     ranked = score.masked_fill(sink, torch.inf).masked_fill(~lives, -1.0)
-    chosen = (_top(ranked, config.focal_count(config.unit_size)) | sink) & lives
+    chosen = (_top(ranked, config.focal_per_unit) | sink) & lives
     return chosen.flatten(2), score.flatten(2)
+
+
+def _focal_capacity(steps: int, config: DGAConfig) -> int:
+    """Focal slots of a plan over so many steps, with room for the sinks."""
+    room = steps * config.focal_per_step
+    if config.focal_budget is not None:
+        room = torch.sym_min(room, max(config.focal_budget, config.sinks))
+    return room + max(config.sinks - config.focal_per_step, 0)
+
+
+def _focal_quota(docs: Documents, config: DGAConfig) -> Tensor:
+    """(B, L) int64: focal tokens that each token's document earns, rounded down."""
+    size = (docs.after - docs.first).clamp(min=0).long()
+    if config.focal_budget is not None:
+        total = (docs.after > 0).sum(-1, keepdim=True)
+        return torch.minimum(size, config.focal_budget * size // total.clamp(min=1))
+    top, bottom = config.focal_share
+    return size * top // bottom
 
 
 def _top(score: Tensor, most: int, quota: Tensor | None = None) -> Tensor:

@@ -5,7 +5,13 @@ from torch import Tensor
 
 from flexdga import DGAConfig
 
-SMALL = dict(block_size=(16, 16), unit_size=32, group_size=8, window=16, dense_below=0)
+SMALL = {
+    "block_size": (16, 16),
+    "unit_size": 32,
+    "group_size": 8,
+    "window": 16,
+    "dense_below": 0,
+}
 """Settings under which a few hundred tokens show every feature."""
 
 

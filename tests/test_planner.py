@@ -59,7 +59,9 @@ def assert_covered(plan, ids: torch.Tensor, is_causal: bool) -> None:
             torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-@given(planner=planners, layout=layouts, length=lengths, scope=st.sampled_from(["prompt", "causal"]))
+@given(
+    planner=planners, layout=layouts, length=lengths, scope=st.sampled_from(["prompt", "causal"])
+)
 def test_every_past_token_is_seen_exactly_once(planner, layout, length, scope):
     config = small(**planner, scope=scope)
     given_layout, ids = layout_arguments(layout, 2, length)

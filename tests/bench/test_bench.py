@@ -20,7 +20,8 @@ from torch import Tensor
 
 from flexdga import DGAConfig
 
-TINY = ["--heads", "2", "--kv-heads", "2", "--head-dim", "32", "--device", "cpu"]
+# The layout of `save_tiny_model` too, so that one compilation serves all tests.
+TINY = ["--heads", "4", "--kv-heads", "2", "--head-dim", "64", "--device", "cpu"]
 CPU = torch.device("cpu")
 
 
@@ -158,7 +159,7 @@ def test_peak_memory_counts_what_a_call_holds_at_once() -> None:
         return second + 1
 
     found = measure.first_call(call, CPU)
-    assert found.peak_bytes == 2 * 4 * (1 << 20)
+    assert found.peak_bytes == pytest.approx(2 * 4 * (1 << 20), rel=0.01)
     assert found.graphs == 0 and found.output[0] == 3
 
 
@@ -178,8 +179,8 @@ def tiny(length: int) -> QKV:
 
 def test_widest_numbers_fit_80_columns() -> None:
     widest = Row(
-        length=1048576, method="SDPA memeff", layers=1, runs=1, median_ms=9876.5, min_ms=1.0,
-        max_ms=9999.0, planner_ms=9876.0, planner_share=1.0, speedup=123.45, computed=1.994,
+        length=1048576, method="SDPA flash", layers=1, runs=1, median_ms=98765.4, min_ms=1.0,
+        max_ms=99999.0, planner_ms=9876.5, planner_share=1.0, speedup=123.45, computed=1.994,
         error=1.234e-07, error_max=1.2e-07, peak_mib=98765.0,
     )  # fmt: skip
     check_width(report.Report({}, [widest], [], [], {}, {}).text(""))
@@ -220,7 +221,7 @@ def save_tiny_model(path: Path) -> None:
     tokenizer.save_pretrained(path)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=128, intermediate_size=64, num_hidden_layers=3,
+        vocab_size=len(vocabulary), hidden_size=256, intermediate_size=64, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(path)

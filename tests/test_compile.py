@@ -1,0 +1,81 @@
+"""One graph, and compiled once: torch's own counters say so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import TOLERANCE, qkv, relative_error, small
+from test_planner import layout_arguments
+from torch._dynamo.utils import counters
+
+from flexdga import dga_attention, make_plan, reference
+
+
+@pytest.fixture(autouse=True)
+def _count_afresh():
+    counters.clear()
+    with torch.no_grad():
+        yield
+
+
+def graphs() -> int:
+    assert not counters["graph_break"]
+    return counters["stats"]["unique_graphs"]
+
+
+def test_lengths_texts_and_layouts_share_one_compilation():
+    """Planning is compiled once per kind of layout, attending once for all."""
+    config = small(block_size=(32, 32))
+    seen = []
+    for length, layout in (
+        (200, "plain"), (1031, "plain"), (97, "lengths"), (4500, "plain"),
+        (200, "packed"), (1031, "left"), (97, "packed"),
+    ):  # fmt: skip
+        inputs = qkv(2, 6, 2, length)
+        arguments, _ = layout_arguments(layout, 2, length)
+        out, plan = dga_attention(*inputs, config=config, return_plan=True, **arguments)
+        if length < 1000:
+            want = reference.attend(*inputs, plan)
+            assert relative_error(out, want) < TOLERANCE[torch.float32]
+            with torch.compiler.set_stance("force_eager"):
+                eager = make_plan(*inputs, config=config, **arguments)
+            assert torch.equal(plan.start, eager.start)
+            assert torch.equal(plan.end, eager.end)
+        seen.append(graphs())
+    assert seen == [2, 2, 2, 2, 3, 3, 3]
+
+
+def layer(query, key, value, config=small(block_size=(32, 32))):  # noqa: B008
+    return dga_attention(query * 2, key, value, config=config).transpose(1, 2).flatten(2)
+
+
+def test_a_users_compile_captures_one_graph():
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    inputs = qkv(1, 4, 2, 150)
+    got = compiled(*inputs)
+    assert graphs() == 1
+    with torch.compiler.set_stance("force_eager"):
+        assert relative_error(got, layer(*inputs)) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.slow
+def test_a_users_compile_serves_every_length():
+    """Twice: lengths that fill whole steps of the plan need no padding, and have their own graph."""
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for length in (150, 333, 160, 1024, 777):
+        inputs = qkv(1, 4, 2, length)
+        got = compiled(*inputs)
+        with torch.compiler.set_stance("force_eager"):
+            assert relative_error(got, layer(*inputs)) < TOLERANCE[torch.float32]
+    assert graphs() == 2
+
+
+def test_no_create_block_mask_on_the_way(monkeypatch):
+    from torch.nn.attention import flex_attention
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("create_block_mask forms Q×KV booleans")
+
+    monkeypatch.setattr(flex_attention, "create_block_mask", refuse)
+    with torch.compiler.set_stance("force_eager"):
+        dga_attention(*qkv(length=150), config=small())

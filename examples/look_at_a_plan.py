@@ -1,6 +1,6 @@
 """Plan a sequence, and look at who sees what: in the terminal, and as plan.png if asked.
 
-    python examples/look_at_a_plan.py [plan.png]
+python examples/look_at_a_plan.py [plan.png]
 """
 
 import sys

@@ -65,7 +65,8 @@ class DGAConfig:
         align: round the end of a token's raw life up to a multiple of the query block, so that
             few blocks are partial. Off in `paper()` and `cca()`, which are exact to the letter.
         block_size: (query, key) tile of the kernel.
-        dense_below: prompts shorter than this take exact dense attention; 0 = never.
+        dense_below: prompts shorter than this take exact dense attention; 0 = never. The default
+            is where SDPA stops being faster on a CPU with AVX-512 (flexdga-bench shows it).
 
     Raises:
         ValueError: a field is out of its range, or two fields contradict each other.
@@ -88,7 +89,7 @@ class DGAConfig:
     unit_size: int = 128
     align: bool = True
     block_size: tuple[int, int] = (128, 128)
-    dense_below: int = 2048
+    dense_below: int = 6144
 
     def __post_init__(self) -> None:
         for name, low, high in (

@@ -60,7 +60,7 @@ def test_a_users_compile_captures_one_graph():
 
 @pytest.mark.slow
 def test_a_users_compile_serves_every_length():
-    """Twice: lengths that fill whole steps of the plan need no padding, and have their own graph."""
+    """In two graphs: lengths that fill whole steps of the plan need no padding."""
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     for length in (150, 333, 160, 1024, 777):
         inputs = qkv(1, 4, 2, length)

@@ -19,7 +19,7 @@ from flexdga.block_mask import visible_blocks
 from .workloads import QKV
 
 DGA = "DGA"
-MATH_LIMIT = 2**30
+MATH_LIMIT = 2**28
 """Bytes of a float32 score matrix above which SDPA's math backend is left out."""
 
 _SDPA = {
@@ -118,7 +118,7 @@ def _sdpa(name: str) -> Method:
         size = 4 * x.query.shape[0] * x.query.shape[1] * x.length**2
         if backend is not SDPBackend.MATH or size <= MATH_LIMIT:
             return None
-        return f"{size / 2**30:.1f} GiB of scores, more than {MATH_LIMIT / 2**30:.0f} GiB"
+        return f"{size >> 20} MiB of scores, more than {MATH_LIMIT >> 20} MiB"
 
     return Method(name, bind, refuses=refuses)
 

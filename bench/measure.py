@@ -6,7 +6,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ Call = Callable[[], object]
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 20
 SLOW_SECONDS = 2.0
-"""A baseline whose call takes longer is timed once, not in every round (`interleave`)."""
+"""A baseline whose first call takes longer, and compiles nothing, is not called again."""
 
 PEAK_SOURCE = {
     "cuda": "torch.cuda.max_memory_allocated over the inputs",
@@ -102,12 +102,7 @@ def _compiled_graphs() -> int:
 
 
 def interleave(
-    calls: Mapping[str, Call],
-    device: torch.device,
-    *,
-    rounds: int | None,
-    budget: float,
-    essential: Collection[str],
+    calls: Mapping[str, Call], device: torch.device, *, rounds: int | None, budget: float
 ) -> dict[str, Timing]:
     """Time all calls in turn, round after round, so that drift hits all of them alike.
 
@@ -116,10 +111,8 @@ def interleave(
     Args:
         calls: what to time, by name.
         device: where they run.
-        rounds: how many; None = as many as fit `budget`, from MIN_ROUNDS to MAX_ROUNDS, and slow
-            calls outside of `essential` take part in the first round alone.
+        rounds: how many; None = as many as fit `budget`, from MIN_ROUNDS to MAX_ROUNDS.
         budget: seconds.
-        essential: names that take part in every round.
     """
     names = list(calls)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -129,10 +122,7 @@ def interleave(
             break
         turn = done % len(names)
         for name in names[turn:] + names[:turn]:
-            past = seconds[name]
-            if rounds is None and past and past[0] > SLOW_SECONDS and name not in essential:
-                continue
-            past.append(timed(calls[name], device))
+            seconds[name].append(timed(calls[name], device))
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 

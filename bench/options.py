@@ -62,7 +62,8 @@ def parse_config(pairs: Sequence[str], **defaults: Any) -> DGAConfig:
         pairs: `key=value`, the key a field of DGAConfig or `preset` (paper, cca).
         defaults: fields that differ from DGAConfig's own defaults unless a pair names them.
     """
-    kinds = get_type_hints(DGAConfig)
+    hints = get_type_hints(DGAConfig)
+    kinds = {field.name: hints[field.name] for field in _fields()}
     make: Callable[..., DGAConfig] = DGAConfig
     changes = dict(defaults)
     for pair in pairs:
@@ -88,8 +89,14 @@ def parse_config(pairs: Sequence[str], **defaults: Any) -> DGAConfig:
 
 def non_default_fields(config: DGAConfig) -> dict[str, Any]:
     """The fields in which `config` differs from `DGAConfig()`."""
-    plain = dataclasses.asdict(DGAConfig())
-    return {key: value for key, value in dataclasses.asdict(config).items() if value != plain[key]}
+    plain = DGAConfig()
+    names = [field.name for field in _fields()]
+    return {n: getattr(config, n) for n in names if getattr(config, n) != getattr(plain, n)}
+
+
+def _fields() -> list[dataclasses.Field[Any]]:
+    """What a caller of DGAConfig chooses; it derives other fields from them."""
+    return [field for field in dataclasses.fields(DGAConfig) if field.init]
 
 
 def _parse_value(text: str, kind: Any) -> Any:

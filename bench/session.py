@@ -130,10 +130,10 @@ class Session:
                 bound.plan()
                 calls[_planner(method.name)] = bound.plan
         announce("timing")
-        steady = {m.name for m in used if m.is_sdpa} | {DGA, _planner(DGA)}
-        timings = measure.interleave(
-            calls, self.device, rounds=self.rounds, budget=self.budget, essential=steady
-        )
+        once = {m.name for m in used if self._only_once(m, firsts[m.name])}
+        often = {name: call for name, call in calls.items() if name not in once}
+        timings = {name: Timing((firsts[name].seconds,)) for name in once}
+        timings |= measure.interleave(often, self.device, rounds=self.rounds, budget=self.budget)
         measured = {
             name: Measured(
                 timings[name], *fact, firsts[name].peak_bytes, timings.get(_planner(name))
@@ -147,6 +147,11 @@ class Session:
             if first.graphs
         ]  # fmt: skip
         return Sample(x.length, x.layer, measured), compiled, refused
+
+    def _only_once(self, method: Method, first: FirstCall) -> bool:
+        """Whether the first call has to do: a slow baseline, and nobody asked for more."""
+        slow = first.seconds > measure.SLOW_SECONDS and not first.graphs
+        return slow and self.rounds is None and not method.is_sdpa and method.name != DGA
 
     def rows(self, samples: Sequence[Sample]) -> list[Row]:
         """One row per method, from the samples of one length."""

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from flexdga_bench import measure, options, report
-from flexdga_bench.baselines import DGA, MATH_LIMIT, methods
+from flexdga_bench.baselines import DGA, MATH_LIMIT, Bound, Method, methods
 from flexdga_bench.cli import COMMANDS, main
 from flexdga_bench.errors import UsageError
-from flexdga_bench.session import Row
+from flexdga_bench.session import Row, Session
 from flexdga_bench.workloads import QKV, Shape, default_text, random_qkv
 from torch import Tensor
 
@@ -134,21 +134,49 @@ def test_config_values_are_read_as_their_fields_types() -> None:
         options.parse_config(["focal_ratio=2"])
 
 
-def test_rounds_rotate_and_slow_baselines_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_rotate(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
 
     def fake(call: measure.Call, _: torch.device) -> float:
         call()
-        return 100.0 if order[-1] in "bc" else 1e-3
+        return float(len(order))
 
     monkeypatch.setattr(measure, "timed", fake)
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    found = measure.interleave(calls, CPU, rounds=None, budget=0, essential={"c"})
-    assert "".join(order) == "abc" + "ca" + "ca"
-    assert {name: len(t.seconds) for name, t in found.items()} == {"a": 3, "b": 1, "c": 3}
+    found = measure.interleave(calls, CPU, rounds=None, budget=0)
+    assert "".join(order) == "abcbcacab"
+    assert found["b"].seconds == (2.0, 4.0, 9.0)
+    assert (found["b"].low, found["b"].median, found["b"].high) == (2.0, 4.0, 9.0)
     order.clear()
-    measure.interleave(calls, CPU, rounds=2, budget=0, essential=())
+    measure.interleave(calls, CPU, rounds=2, budget=0)
     assert "".join(order) == "abcbca"
+
+
+def test_slow_baselines_are_called_once_unless_rounds_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(measure, "SLOW_SECONDS", 0.0)
+    x = tiny(256)
+    calls: list[str] = []
+
+    def method(name: str) -> Method:
+        def call() -> Tensor:
+            calls.append(name)
+            return x.query
+
+        return Method(name, lambda _: Bound(call))
+
+    names = ["SDPA flash", "flex dense", DGA]
+    many = 1 + measure.MIN_ROUNDS
+    for rounds, expected in ((None, [many, 1, many]), (2, [3, 3, 3])):
+        calls.clear()
+        session = Session([method(name) for name in names], CPU, rounds, 0.0)
+        sample, compiled, refused = session.sample(x, lambda _: None)
+        assert (compiled, refused) == ([], {})
+        assert [calls.count(name) for name in names] == expected
+        assert [row.runs for row in session.rows([sample])] == [
+            len(sample.measured[name].timing.seconds) for name in names
+        ]
 
 
 def test_peak_memory_counts_what_a_call_holds_at_once() -> None:

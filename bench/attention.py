@@ -48,7 +48,6 @@ class Options:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `flexdga-bench attention`."""
-    # fmt: off
     add = parser.add_argument
     add(
         "--lengths",
@@ -70,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeats",
         type=options.positive_int,
         metavar="N",
-        help=f"rounds at every length (default as many as {BUDGET:.0f} s hold, "
+        help=f"rounds at every length (default as many as {BUDGET:g} s hold, "
         f"{measure.MIN_ROUNDS} to {measure.MAX_ROUNDS})",
     )
     add("--seed", type=int, default=0)
@@ -93,7 +92,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--text", type=Path, metavar="FILE", help="what the model reads (default: Python's help)")
     add("--layers", type=options.layers, metavar="all|0,5,...", help="of the model (default all)")
-    # fmt: on
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -20,7 +20,8 @@ LEGEND = {
     "ms": "median of interleaved calls; inputs are ready on "
     "the device, the output is allocated inside. DGA is the whole of dga_attention: planning, "
     "group coding, block mask and kernel. flex dense finds its causal block mask made.",
-    "±": "half the distance from the fastest to the slowest call; once: a slow baseline's first call alone.",
+    "±": "half the distance from the fastest to the slowest call; once: a slow baseline's first "
+    "call alone.",
     "plan": "time of make_plan alone over DGA's time.",
     "speedup": "time of the fastest SDPA backend over this method's.",
     "computed": "score entries in the blocks that the kernel visits, over the L(L+1)/2 of dense "

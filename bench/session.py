@@ -156,12 +156,13 @@ class Session:
     def rows(self, samples: Sequence[Sample]) -> list[Row]:
         """One row per method, from the samples of one length."""
         names = list(dict.fromkeys(name for sample in samples for name in sample.measured))
-        best = _median([sample.best_sdpa(self.methods) for sample in samples])
+        sdpa = [method.name for method in self.methods if method.is_sdpa and method.name in names]
+        best = min((_median_time(name, samples) for name in sdpa), default=None)
         return [self._row(name, samples, best) for name in names]
 
     def _row(self, name: str, samples: Sequence[Sample], best: float | None) -> Row:
         all_of = [sample.measured[name] for sample in samples]
-        median = statistics.median(m.timing.median for m in all_of)
+        median = _median_time(name, samples)
         planner = _median([m.planner.median if m.planner else None for m in all_of])
         errors = [m.error for m in all_of]
         return Row(
@@ -205,6 +206,11 @@ def _error(out: Tensor, exact: Tensor) -> float:
 def _planner(method: str) -> str:
     """The name under which a method's planner is timed."""
     return f"{method} planner"
+
+
+def _median_time(method: str, samples: Sequence[Sample]) -> float:
+    """Seconds: the median over samples of the median over rounds."""
+    return statistics.median(sample.measured[method].timing.median for sample in samples)
 
 
 def _median(values: Sequence[float | None]) -> float | None:

@@ -205,12 +205,7 @@ def _run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """
     if torch.compiler.is_compiling():
         return function(*args, **kwargs)
-    for leaf in torch.utils._pytree.tree_leaves(args):
-        if isinstance(leaf, Tensor):
-            # Batch and length vary from call to call; heads and head_dim do not.
-            for dim in (0, 1) if leaf.dim() == 2 else (0, 2):
-                if leaf.shape[dim] > 1:
-                    torch._dynamo.maybe_mark_dynamic(leaf, dim)
+    args = torch.utils._pytree.tree_map_only(Tensor, _mark_dynamic, args)
     return _compiled[function](*args, **kwargs)
 
 
@@ -247,3 +242,15 @@ def _check_backward(*tensors: Tensor) -> None:
             "dga_attention: query, key or value requires a gradient, and flex_attention has no "
             "backward on CPU; expected torch.no_grad() or detached tensors"
         )
+
+
+def _mark_dynamic(tensor: Tensor) -> Tensor:
+    """A view to compile for: batch and length vary from call to call, heads and head_dim do not.
+
+    The mark stays on the view, so that the caller's own compilations do not see it.
+    """
+    view = tensor.view_as(tensor)
+    for dim in (0, 1) if tensor.dim() == 2 else (0, 2):
+        if tensor.shape[dim] > 1:
+            torch._dynamo.maybe_mark_dynamic(view, dim)
+    return view

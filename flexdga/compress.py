@@ -53,7 +53,11 @@ def compress(
         # With weights p, log Σ exp(s_i) >= Σ p_i s_i + H(p): the group's score plus the entropy.
         entropy = torch.special.entr(weight).sum(-1)
         bias = torch.cat(
-            [torch.zeros_like(plan.start[..., : -entropy.shape[-1]]).float(), entropy], -1
+            [
+                torch.zeros_like(plan.start[..., : plan.num_slots - entropy.shape[-1]]).float(),
+                entropy,
+            ],
+            -1,
         )
     return Slots(
         torch.cat([key, take_rows(key, plan.focal), group_key], 2),

@@ -109,7 +109,7 @@ def dense_plan(docs: Documents, kv_heads: int, *, is_causal: bool) -> Plan:
     start = torch.maximum(index, first) if is_causal else first
     position, start, end = _mark_dead(_Section(index, start, after))
     none = index.new_full((*index.shape[:2], 0, 1), -1)
-    return Plan(start, end, position.contiguous(), none[..., 0], none)
+    return Plan(start, end, position.contiguous(), none[..., 0], none, none.float())
 
 
 def _focal_of_prompt(

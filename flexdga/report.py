@@ -1,0 +1,55 @@
+"""What `wrap` did to a model: a table with a row for each attention layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from tabulate import tabulate
+
+
+@dataclasses.dataclass
+class LayerReport:
+    """One attention layer (or, in a plain PyTorch model, one SDPA call of the forward pass).
+
+    Attributes:
+        name: the module's name, or the number of the call.
+        wrapped: whether its attention goes through DGA.
+        why: in a few words, why it does or does not.
+        replaced: calls that went through DGA since the model was wrapped.
+        passed: calls that were passed on unchanged.
+        tokens: keys of the last call that went through DGA.
+        slots: slots that stood for them; equal to `tokens` where exact dense attention ran.
+    """
+
+    name: str
+    wrapped: bool
+    why: str
+    replaced: int = 0
+    passed: int = 0
+    tokens: int = 0
+    slots: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The layers of a wrapped model. Print it."""
+
+    rows: Sequence[LayerReport]
+
+    def __str__(self) -> str:
+        table = [
+            (
+                row.name,
+                "yes" if row.wrapped else "no",
+                row.replaced,
+                row.passed,
+                row.tokens or "",
+                row.slots or "",
+                f"{row.tokens / row.slots:.1f}x" if row.slots else "",
+                row.why,
+            )
+            for row in self.rows
+        ]
+        headers = ["layer", "DGA", "calls", "passed", "tokens", "slots", "fewer", "why"]
+        return tabulate(table, headers=headers, tablefmt="simple")

@@ -44,30 +44,76 @@ def compress(
         mass: whether groups get the entropy of their weights as bias.
         scale: of the scores.
     """
-    weight = group_weights(query, key, plan, weights=weights, scale=scale)
-    pool = weight.to(key)[..., None, :]
-    group_key = (pool @ take_rows(key, plan.members)).squeeze(-2)
-    group_value = (pool @ take_rows(value, plan.members)).squeeze(-2)
+    pooled = pool(
+        query, key, value, plan.focal, plan.members, plan.member_score,
+        weights=weights, mass=mass, scale=scale,
+    )  # fmt: skip
     bias = None
-    if mass:
-        # With weights p, log Σ exp(s_i) >= Σ p_i s_i + H(p): the group's score plus the entropy.
-        entropy = torch.special.entr(weight).sum(-1)
-        bias = torch.cat(
-            [
-                torch.zeros_like(plan.start[..., : plan.num_slots - entropy.shape[-1]]).float(),
-                entropy,
-            ],
-            -1,
-        )
+    if pooled.entropy is not None:
+        exact = plan.num_slots - pooled.entropy.shape[-1]
+        bias = torch.cat([torch.zeros_like(plan.start[..., :exact]).float(), pooled.entropy], -1)
     return Slots(
-        torch.cat([key, take_rows(key, plan.focal), group_key], 2),
-        torch.cat([value, take_rows(value, plan.focal), group_value], 2),
+        torch.cat([key, pooled.focal_key, pooled.group_key], 2),
+        torch.cat([value, pooled.focal_value, pooled.group_value], 2),
         bias,
     )
 
 
+class Pooled(NamedTuple):
+    """Focal copies (B, Hkv, F, D), groups (B, Hkv, G, D), and the groups' bias or None."""
+
+    focal_key: Tensor
+    focal_value: Tensor
+    group_key: Tensor
+    group_value: Tensor
+    entropy: Tensor | None
+
+
+def pool(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    focal: Tensor,
+    members: Tensor,
+    member_score: Tensor | None,
+    *,
+    weights: GroupWeights,
+    mass: bool,
+    scale: float,
+) -> Pooled:
+    """Copies of the focal tokens, and one key and value for each group.
+
+    Args:
+        query: (B, H, L, D).
+        key: (B, Hkv, L, D).
+        value: (B, Hkv, L, D).
+        focal: (B, Hkv, F) tokens, -1 for none.
+        members: (B, Hkv, G, m) tokens, -1 for none.
+        member_score: (B, Hkv, G, m) their importance, if the weights need it.
+        weights: how members weigh in their group.
+        mass: whether groups get the entropy of their weights as bias.
+        scale: of the scores.
+    """
+    weight = group_weights(query, key, members, member_score, weights=weights, scale=scale)
+    share = weight.to(key)[..., None, :]
+    # With weights p, log Σ exp(s_i) >= Σ p_i s_i + H(p): the group's score plus the entropy.
+    return Pooled(
+        take_rows(key, focal),
+        take_rows(value, focal),
+        (share @ take_rows(key, members)).squeeze(-2),
+        (share @ take_rows(value, members)).squeeze(-2),
+        torch.special.entr(weight).sum(-1) if mass else None,
+    )
+
+
 def group_weights(
-    query: Tensor, key: Tensor, plan: Plan, *, weights: GroupWeights, scale: float
+    query: Tensor,
+    key: Tensor,
+    members: Tensor,
+    member_score: Tensor | None,
+    *,
+    weights: GroupWeights,
+    scale: float,
 ) -> Tensor:
     """(B, Hkv, G, m) float32 weights of each group's members; 0 for absent ones.
 
@@ -75,13 +121,12 @@ def group_weights(
     the query of the group's last token. Query heads that share the KV head average their weights
     (flexdga's choice; with one query head per KV head it is the paper's rule).
     """
-    members = plan.members
     here = members >= 0
     if weights == "mean":
         return here.float() / here.sum(-1, keepdim=True).clamp(min=1)
     if weights == "importance":
-        assert plan.member_score is not None  # checked where plans come in
-        share = torch.where(here, plan.member_score + 1e-12, 0.0)
+        assert member_score is not None  # checked where plans come in
+        share = torch.where(here, member_score + 1e-12, 0.0)
         return share / share.sum(-1, keepdim=True).clamp(min=1e-30)
     kv_heads = key.shape[1]
     rep = query.shape[1] // kv_heads

@@ -6,7 +6,7 @@ What finds no slot stays raw to the end of its document, so nothing is ever lost
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from flexdga.grouping import group_units, group_whole
 from flexdga.importance import prompt_importance, unit_importance
 from flexdga.indexing import compact, put, runs, take
 from flexdga.plan import NEVER, Plan
+
+T = TypeVar("T", int, Tensor)
 
 
 class Documents(NamedTuple):
@@ -88,8 +90,7 @@ def plan_attention(
     if config.whole_sequence:
         members = group_whole(~chosen, steps, config)
     else:
-        free = _units(~chosen, config) & _in_last_document(docs, config)[:, None]
-        members = group_units(free, key, value, config)
+        members = _group_by_unit(chosen, key, value, docs, config)
     # A group belongs to its last member's document; members of an earlier one have no query left.
     last = members.amax(-1)
     first, after = (t[:, None].expand(-1, key.shape[1], -1) for t in (docs.first, docs.after))
@@ -100,6 +101,37 @@ def plan_attention(
     if config.group_weights == "importance":
         member_score = torch.where(members >= 0, take(score, members), 0.0)
     return _intervals(focal, members, member_score, first, after, config, is_causal)
+
+
+def plan_units(
+    query: Tensor, key: Tensor, value: Tensor, docs: Documents, *, config: DGAConfig, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `causal` scope decides for each unit, alone: the cache asks unit by unit.
+
+    Args:
+        query: (B, H, L, D), L in whole units.
+        key: (B, Hkv, L, D).
+        value: (B, Hkv, L, D).
+        docs: a document's first token may lie before this stretch, at a negative index.
+        config: the choices.
+        scale: of the scores.
+
+    Returns:
+        For N units: (B, Hkv, N, `focal_slots_per_unit`) int32 focal tokens and (B, Hkv, N, G, m)
+        int32 members of groups, -1 for none, and (B, Hkv, L) importance. What a unit's row says
+        holds if all tokens up to its handover are here.
+    """
+    chosen, score = _focal_by_unit(query, key, value, docs, config, scale)
+    members = _group_by_unit(chosen, key, value, docs, config)
+    focal = compact(_units(chosen, config), focal_slots_per_unit(config))
+    base = torch.arange(focal.shape[2], dtype=torch.int32, device=focal.device) * config.unit_size
+    focal = torch.where(focal >= 0, focal + base[:, None], -1)
+    return focal, members.unflatten(2, (focal.shape[2], -1)), score
+
+
+def focal_slots_per_unit(config: DGAConfig) -> int:
+    """Focal slots that hold whatever `causal` scope chooses from a unit."""
+    return max(config.focal_per_unit, min(config.sinks, config.unit_size))
 
 
 def dense_plan(docs: Documents, kv_heads: int, *, is_causal: bool) -> Plan:
@@ -130,7 +162,7 @@ def _focal_of_prompt(
         )  # fmt: skip
     index = torch.arange(key.shape[2], dtype=torch.int32, device=key.device)
     # A token that no query sees past its handover would waste a focal slot.
-    lives = _handover(index, config) < docs.after
+    lives = handover(index, config) < docs.after
     if not is_causal:
         lives = lives | ((_takeover(index, config) > docs.first) & (docs.after > 0))
     lives, sink = lives[:, None], _sinks(docs, config)[:, None]
@@ -158,7 +190,7 @@ def _focal_by_unit(
     if config.needs_importance:
         score = unit_importance(
             query, key, value, docs.first,
-            config=config, lookahead=_lookahead(config), scale=scale,
+            config=config, lookahead=lookahead(config), scale=scale,
         )  # fmt: skip
     lives = _in_last_document(docs, config)[:, None]
     sink = _units(_sinks(docs, config), config)[:, None]
@@ -167,12 +199,20 @@ def _focal_by_unit(
     return chosen.flatten(2), score.flatten(2)
 
 
+def _group_by_unit(
+    chosen: Tensor, key: Tensor, value: Tensor, docs: Documents, config: DGAConfig
+) -> Tensor:
+    free = _units(~chosen, config) & _in_last_document(docs, config)[:, None]
+    return group_units(free, key, value, config)
+
+
 def _focal_capacity(steps: int, config: DGAConfig) -> int:
     """Focal slots of a plan over so many steps, with room for the sinks."""
     room = steps * config.focal_per_step
     if config.focal_budget is not None:
         room = torch.sym_min(room, max(config.focal_budget, config.sinks))
-    return room + max(config.sinks - config.focal_per_step, 0)
+    each = config.focal_per_unit if config.scope == "causal" else config.focal_per_step
+    return room + max(config.sinks - each, 0)
 
 
 def _focal_quota(docs: Documents, config: DGAConfig) -> Tensor:
@@ -216,15 +256,16 @@ def _units(x: Tensor, config: DGAConfig) -> Tensor:
 
 
 def _in_last_document(docs: Documents, config: DGAConfig) -> Tensor:
-    """(B, N, U) bool: tokens in the document of their unit's last token.
+    """(B, N, U) bool: tokens in the document of their unit's last real token.
 
     The unit's other documents end inside it, so no query is left to see their slots.
     """
     first = _units(docs.first, config)
-    return (first == first[..., -1:]) & (first != NEVER)
+    real = first != NEVER
+    return real & (first == torch.where(real, first, -NEVER).amax(-1, keepdim=True))
 
 
-def _handover(last: Tensor, config: DGAConfig) -> Tensor:
+def handover(last: T, config: DGAConfig) -> T:
     """First query that sees the slot in place of raw tokens, of which `last` is the last."""
     time = last + config.window
     block = config.block_size[0]
@@ -238,7 +279,7 @@ def _takeover(first: Tensor, config: DGAConfig) -> Tensor:
     return time // block * block if config.align else time
 
 
-def _lookahead(config: DGAConfig) -> int:
+def lookahead(config: DGAConfig) -> int:
     """Tokens after a unit that are known at its handover, whichever unit it is."""
     block, unit = config.block_size[0], config.unit_size
     if config.align and unit % block == 0:
@@ -260,12 +301,12 @@ def _intervals(
     group_last = members.amax(-1)
     unit = config.unit_size
 
-    def handover(last: Tensor) -> Tensor:
+    def from_when(last: Tensor) -> Tensor:
         if config.scope == "causal":  # all of a unit waits for its last token
             last = last // unit * unit + unit - 1
-        return _handover(last, config)
+        return handover(last, config)
 
-    focal_from, group_from = handover(focal), handover(group_last)
+    focal_from, group_from = from_when(focal), from_when(group_last)
     raw_end = put(
         put(after, focal, focal_from), members.flatten(2), _per_member(group_from, members)
     )

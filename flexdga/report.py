@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from tabulate import tabulate
 
+from flexdga.config import DGAConfig
+
 
 @dataclasses.dataclass
 class LayerReport:
@@ -53,3 +55,13 @@ class Report:
         ]
         headers = ["layer", "DGA", "calls", "passed", "tokens", "slots", "fewer", "why"]
         return tabulate(table, headers=headers, tablefmt="simple")
+
+
+def about_slots(config: DGAConfig, tokens: int) -> int:
+    """About how many slots the last of so many tokens sees: a figure for reports."""
+    if tokens < config.dense_below:
+        return tokens
+    focal = config.focal_budget
+    focal = int(tokens * config.focal_ratio) if focal is None else focal
+    groups = -(-(tokens - config.window) // config.group_size)
+    return min(tokens, config.window + focal + max(groups, 0))

@@ -1,0 +1,445 @@
+"""What one attention layer remembers while it decodes: slots of old tokens, and raw recent ones.
+
+It is the plan of the text so far, kept up to date. When a unit's handover is due, the unit is
+planned exactly as `causal` scope plans it in a prefill, its slots are stored, and its keys and
+values are gone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flexdga.attention import dga_attention
+from flexdga.compress import Pooled, pool
+from flexdga.config import DGAConfig
+from flexdga.exact import attend_all
+from flexdga.indexing import compact, take, take_rows
+from flexdga.plan import NEVER, Plan
+from flexdga.planner import Documents, focal_slots_per_unit, handover, lookahead, plan_units
+from flexdga.storage import Columns, Origins, Saved, SlotBuffer
+from score_mods import ScoreMod
+
+ROOM = 64
+"""Slots beyond a prompt's own, and raw tokens beyond a dense prompt's, to grow into."""
+HISTORY = 4
+"""Poolings that can be taken back while the past is recorded."""
+HELD = 64
+"""Tokens at the end of a prompt that can be taken back while the past is recorded."""
+
+
+class CacheMemory(NamedTuple):
+    """Bytes of a cache, and of the keys and values that dense attention would keep."""
+
+    bytes: int
+    dense_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """The cache's share of dense."""
+        return self.bytes / max(self.dense_bytes, 1)
+
+
+class LayerCache:
+    """Keys and values of one layer.
+
+    A unit of `config.unit_size` tokens is pooled when its handover is due: at the same query, and
+    with the same outcome, as in a prefill in `causal` scope, so decoding equals prefill. The paper
+    regroups every m' = 1.1·m tokens; `DGAConfig.paper(unit_size=18)` is that, rounded up: 16
+    tokens to group, and γ of 18 to keep. What was pooled stays as it is.
+
+    A prompt is planned as `config.scope` says; what comes after it, in `causal` scope. A text
+    shorter than `config.dense_below` stays raw until it is that long.
+
+    Args:
+        config: the choices.
+        max_length: tokens to make room for at once, so that nothing grows while decoding.
+    """
+
+    def __init__(self, config: DGAConfig, *, max_length: int | None = None) -> None:
+        self.config = config
+        self.max_length = max_length
+        self.record_past = False
+        changes: dict[str, Any] = {"scope": "causal", "focal_budget": None}
+        self._causal = dataclasses.replace(config, **changes, probe_placement="even")
+        self._keeps_queries = config.needs_importance or config.group_weights == "last_query"
+        unit = config.unit_size
+        self._unit_slots = focal_slots_per_unit(self._causal) - (-unit // config.group_size)
+        self._steady = max(handover(unit - 1, self._causal), unit + lookahead(self._causal))
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.seen = 0
+        """Tokens so far, padding included."""
+        self.done = 0
+        """How many of them are pooled; the others are raw."""
+        self._buffer: SlotBuffer | None = None
+        self._doc_first: Tensor  # (B, 1) int32, where each row's document begins
+        self._pooled_at = -1  # the newest query at which something was pooled
+        self._history: list[tuple[Saved, int, int]] = []  # before it: the rest, done, _pooled_at
+
+    @property
+    def num_slots(self) -> int:
+        """Slots that stand for what is pooled."""
+        return 0 if self._buffer is None else self._buffer.num_slots
+
+    @property
+    def num_raw(self) -> int:
+        """Tokens that are raw (or padding among them)."""
+        return 0 if self._buffer is None else self._buffer.live
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences; 0 before the first token."""
+        return 0 if self._buffer is None else self._buffer.batch_size
+
+    def memory(self) -> CacheMemory:
+        """Bytes of all that is kept, and of dense keys and values of the same tokens."""
+        if self._buffer is None:
+            return CacheMemory(0, 0)
+        return CacheMemory(self._buffer.bytes(), self._buffer.bytes_per_token() * self.seen)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = None,
+        score_mod: ScoreMod | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of new tokens to all tokens so far, themselves included; then keep them.
+
+        Args:
+            query: (B, H, Q, D) of the new tokens.
+            key: (B, Hkv, Q, D).
+            value: (B, Hkv, Q, Dv).
+            scale: of the scores; None = 1/√D.
+            score_mod: of token positions.
+            document_ids: (B, Q), negative for padding, whose output is 0. The first call may
+                bring packed documents: the last one goes on. Later, real tokens continue it.
+
+        Returns:
+            (B, H, Q, Dv).
+
+        Raises:
+            ValueError: the shapes do not fit what the cache holds, or a row of the first call
+                ends in padding (decoding goes on from its last token: pad on the left).
+        """
+        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        with torch.no_grad():
+            parts, at, total = [], 0, query.shape[2]
+            real = None if document_ids is None else document_ids >= 0
+            if self._buffer is None:
+                # What is planned with a prompt cannot be cropped: its end comes as new tokens.
+                at = max(total - HELD, 1) if self.record_past else total
+                ids = None if document_ids is None else document_ids[:, :at]
+                parts.append(
+                    self._prefill(
+                        query[:, :, :at], key[:, :, :at], value[:, :, :at], scale, score_mod, ids
+                    )
+                )
+            else:
+                self._check(query, key, value, document_ids)
+            while at < total:  # in stretches in which no unit is handed over
+                count = min(total - at, self._next_due() - self.seen)
+                new = slice(at, at + count)
+                parts.append(
+                    self._extend(
+                        query[:, :, new], key[:, :, new], value[:, :, new],
+                        None if real is None else real[:, new], scale, score_mod,
+                    )
+                )  # fmt: skip
+                at += count
+            return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these sequences of the batch, in this order; one may come several times."""
+        if self._buffer is None:
+            return
+        rows = rows.to(self._doc_first.device)
+        self._buffer.select(rows)
+        self._doc_first = self._doc_first.index_select(0, rows)
+        self._history.clear()
+
+    def crop(self, remove: int) -> None:
+        """Forget the newest `remove` tokens, as if they had never come.
+
+        Raises:
+            ValueError: something was pooled at one of them, and `record_past` was not set before.
+        """
+        if remove == 0 or self._buffer is None:
+            return
+        left = self.seen - remove
+        while self._history and self._pooled_at >= left:
+            saved, self.done, self._pooled_at = self._history.pop()
+            self._buffer.restore(saved)
+            self.seen = self.done + self._buffer.live
+        if self._pooled_at >= left or left < self.done or left < 1:
+            raise ValueError(
+                f"remove: tokens up to {max(self._pooled_at, 0)} are pooled for good (set "
+                f"record_past before tokens that may be removed); cannot go back from "
+                f"{self.seen} tokens to {left}"
+            )
+        self._buffer.forget(self.seen - left)
+        self.seen = left
+
+    def _check(self, query: Tensor, key: Tensor, value: Tensor, ids: Tensor | None) -> None:
+        assert self._buffer is not None
+        held = self._buffer.visible()
+        for name, tensor, like in (("key", key, held.key), ("value", value, held.value)):
+            expected = (*like.shape[:2], query.shape[2], like.shape[3])
+            if tuple(tensor.shape) != expected:
+                raise ValueError(
+                    f"{name}: expected {expected} to fit the cache, got {tuple(tensor.shape)}"
+                )
+        if query.shape[0] != key.shape[0] or query.shape[1] % key.shape[1]:
+            raise ValueError(
+                f"query: expected a batch of {key.shape[0]} and a multiple of {key.shape[1]} "
+                f"heads, got {tuple(query.shape)}"
+            )
+        if ids is not None and tuple(ids.shape) != (query.shape[0], query.shape[2]):
+            raise ValueError(
+                f"document_ids: expected {(query.shape[0], query.shape[2])}, one for each new "
+                f"token, got {tuple(ids.shape)}"
+            )
+
+    def _extend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        real: Tensor | None,
+        scale: float,
+        score_mod: ScoreMod | None,
+    ) -> Tensor:
+        """New tokens, at the first of which units may be handed over."""
+        assert self._buffer is not None
+        time, count = self.seen, query.shape[2]
+        self._pool_due(time, scale)
+        at = torch.arange(time, time + count, dtype=torch.int32, device=key.device)
+        token = at.expand(*key.shape[:2], -1)
+        if real is not None:
+            token = torch.where(real[:, None], token, -1)
+            begun = self._doc_first < time
+            self._doc_first = torch.where(begun, self._doc_first, time + _first_real(real))
+        self._buffer.append(*self._columns(query, key, value, token))
+        self.seen += count
+        self._pool_due(time, scale)  # without a raw window a unit goes with its own last token
+
+        seen = self._buffer.visible()
+        bias = seen.bias[:, :, None]
+        if count > 1:
+            later = torch.ones(count, count, dtype=torch.bool, device=key.device).triu(1)
+            bias = bias.expand(-1, -1, count, -1).clone()
+            live = self._buffer.live
+            bias[..., live - count : live].masked_fill_(later, -math.inf)
+        if real is not None:  # a query of padding sees all, so that no softmax is empty
+            bias = torch.where(real[:, None, :, None], bias, 0.0)
+        out = attend_all(
+            query, seen.key, seen.value, bias, scale=scale, score_mod=score_mod,
+            query_position=at, key_position=seen.position,
+        )  # fmt: skip
+        return out if real is None else out * real[:, None, :, None]
+
+    def _columns(
+        self, query: Tensor, key: Tensor, value: Tensor, token: Tensor
+    ) -> tuple[Columns, Origins]:
+        """Raw columns of new tokens; (B, Hkv, Q) token is their position, -1 for padding."""
+        here = token >= 0
+        first = torch.where(here, self._doc_first[:, None], NEVER)
+        bias = torch.where(here, 0.0, -math.inf).to(key)
+        queries = query if self._keeps_queries else query[:, :, :0]
+        return Columns(key, value, bias, token), Origins(first, queries)
+
+    # The prompt
+
+    def _prefill(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        score_mod: ScoreMod | None,
+        ids: Tensor | None,
+    ) -> Tensor:
+        if ids is not None and ((ids[:, -1] < 0) & (ids >= 0).any(-1)).any():
+            row = int(((ids[:, -1] < 0) & (ids >= 0).any(-1)).nonzero()[0, 0])
+            raise ValueError(
+                f"document_ids: decoding goes on from a row's last token; expected padding on "
+                f"the left, got row {row}, which ends in padding"
+            )
+        batch, length = key.shape[0], key.shape[2]
+        plan = None
+        if length < self.config.dense_below:
+            out = dga_attention(
+                query, key, value, config=self.config, scale=scale, score_mod=score_mod,
+                document_ids=ids,
+            )  # fmt: skip
+        else:
+            out, plan = dga_attention(
+                query, key, value, config=self.config, scale=scale, score_mod=score_mod,
+                document_ids=ids, return_plan=True,
+            )  # fmt: skip
+        real = torch.ones(batch, length, dtype=torch.bool, device=key.device)
+        if ids is not None:  # the others are padding, or documents that ended
+            real = (ids == ids[:, -1:]) & (ids >= 0)
+        self._doc_first = _first_real(real)
+        raw = real[:, None].expand(key.shape[:3])
+        slots = None
+        if plan is not None:
+            raw = raw & _seen_at(plan, length)[..., :length]
+            slots = self._slots_of(query, key, value, plan, scale)
+            # Heads keep different tokens raw. All get as many columns, and whole units are done.
+            behind = length - int(raw.sum(-1).amax())
+            self.done = behind // self.config.unit_size * self.config.unit_size
+            self._pooled_at = length - 1
+            if self.config.scope == "causal":
+                self._pooled_at = self._due(self.done - self.config.unit_size)
+        self.seen = length
+        self._store(query, key, value, raw, slots)
+        return out
+
+    def _store(
+        self, query: Tensor, key: Tensor, value: Tensor, raw: Tensor, slots: Columns | None
+    ) -> None:
+        """Begin with a prompt's raw tokens, in order at the end of their columns, and slots."""
+        length, config = key.shape[2], self.config
+        live = length - self.done
+        token = length - 1 - compact(raw.flip(-1), live).flip(-1)
+        token = torch.where(token < length, token, -1)
+        rows = token.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        columns, origins = self._columns(
+            take_rows(query, rows), take_rows(key, token), take_rows(value, token), token
+        )
+        ahead = max(self.max_length or 0, length)
+        raw_room, slot_room = max(live + ROOM, min(ahead, config.dense_below)), 0
+        if slots is not None:
+            raw_room = self._steady
+        if slots is not None or ahead >= config.dense_below > 0:
+            slot_room = max((ahead - self.done) // config.unit_size * self._unit_slots, ROOM)
+            slot_room += 0 if slots is None else slots.key.shape[2]
+        self._buffer = SlotBuffer(columns, origins, raw_room, slot_room)
+        if slots is not None:
+            self._buffer.add_slots(slots)
+
+    def _slots_of(
+        self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float
+    ) -> Columns:
+        """Focal copies and groups of a prompt, those alone that a query after it sees."""
+        length, config = key.shape[2], self.config
+        alive = _seen_at(plan, length)[..., plan.length :]
+        focal, group = alive.split([plan.focal.shape[-1], plan.members.shape[-2]], -1)
+        pooled = pool(
+            query, key, value,
+            torch.where(focal, plan.focal, -1),
+            torch.where(group[..., None], plan.members, -1),
+            plan.member_score,
+            weights=config.group_weights, mass=config.group_bias == "mass", scale=scale,
+        )  # fmt: skip
+        both = _slot_columns(pooled, plan.position[..., plan.length :], alive)
+        keep = compact(alive, int(alive.sum(-1).amax()))
+        return Columns(
+            take_rows(both.key, keep),
+            take_rows(both.value, keep),
+            take(both.bias, keep).masked_fill(keep < 0, -math.inf),
+            take(both.position, keep),
+        )
+
+    # Pooling
+
+    def _due(self, done: int) -> int:
+        """The first query that sees slots in place of the unit that begins at `done`."""
+        due = handover(done + self.config.unit_size - 1, self._causal)
+        return max(due, self.config.dense_below - 1)
+
+    def _next_due(self) -> int:
+        """The first query after the next one at which some unit is handed over."""
+        done = self.done
+        while self._due(done) <= self.seen:
+            done += self.config.unit_size
+        return self._due(done)
+
+    def _pool_due(self, time: int, scale: float) -> None:
+        """Pool the units that query `time` sees as slots, if all that decides on them is here."""
+        unit, ahead, end = self.config.unit_size, lookahead(self._causal), self.done
+        while self._due(end) <= time and end + unit + ahead <= self.seen:
+            end += unit
+        if end == self.done:
+            return
+        assert self._buffer is not None
+        if self.record_past:
+            past = (self._buffer.save(), self.done, self._pooled_at)
+            self._history = [*self._history, past][-HISTORY:]
+        slots = self._plan_and_pool((end - self.done) // unit, scale)
+        self._buffer.pool(end - self.done, slots, self._steady)
+        self.done, self._pooled_at = end, time
+
+    def _plan_and_pool(self, units: int, scale: float) -> Columns:
+        """Slots of the oldest units among the raw tokens.
+
+        KV heads are planned as if each were a sequence: what is raw may differ between them.
+        """
+        assert self._buffer is not None
+        config = self._causal
+        span = -(-(units * config.unit_size + lookahead(config)) // config.unit_size)
+        columns, origins = self._buffer.raw(span * config.unit_size)
+        batch, kv_heads = columns.key.shape[:2]
+
+        def alone(x: Tensor) -> Tensor:  # (B, Hkv·r, ...) to (B·Hkv, r, ...)
+            return x.reshape(batch * kv_heads, x.shape[1] // kv_heads, *x.shape[2:])
+
+        query, key, value = alone(origins.query), alone(columns.key), alone(columns.value)
+        first = origins.first.flatten(0, 1)
+        dead = first == NEVER
+        docs = Documents(
+            first.sub(self.done).masked_fill(dead, NEVER),
+            torch.where(dead, 0, NEVER),
+            packed=False,
+        )
+        focal, members, score = plan_units(query, key, value, docs, config=config, scale=scale)
+        focal, members = focal[:, :, :units].flatten(2), members[:, :, :units].flatten(2, 3)
+        member_score = None
+        if config.group_weights == "importance":
+            member_score = torch.where(members >= 0, take(score, members), 0.0)
+        pooled = pool(
+            query, key, value, focal, members, member_score,
+            weights=config.group_weights, mass=config.group_bias == "mass", scale=scale,
+        )  # fmt: skip
+        place, here = alone(columns.position), members >= 0
+        size = here.sum(-1)
+        middle = torch.where(here, take(place, members), 0).sum(-1) // size.clamp(min=1)
+        position = torch.cat([take(place, focal), middle.int()], -1)
+        made = _slot_columns(pooled, position, torch.cat([focal >= 0, size > 0], -1))
+        return Columns(*(t.view(batch, kv_heads, *t.shape[2:]) for t in made))
+
+
+def _slot_columns(pooled: Pooled, position: Tensor, alive: Tensor) -> Columns:
+    """Focal copies, then groups; those that stand for nothing are hidden."""
+    bias = torch.zeros_like(alive, dtype=pooled.group_key.dtype)
+    if pooled.entropy is not None:
+        bias[..., -pooled.entropy.shape[-1] :] = pooled.entropy.to(bias)
+    return Columns(
+        torch.cat([pooled.focal_key, pooled.group_key], 2),
+        torch.cat([pooled.focal_value, pooled.group_value], 2),
+        bias.masked_fill(~alive, -math.inf),
+        position.masked_fill(~alive, -1),
+    )
+
+
+def _first_real(real: Tensor) -> Tensor:
+    """(B, 1) int32: the first real token of each row, or the row's length."""
+    none = ~real.any(-1, keepdim=True)
+    first = real.int().argmax(-1, keepdim=True).masked_fill(none, real.shape[1])
+    return first.to(torch.int32)
+
+
+def _seen_at(plan: Plan, length: int) -> Tensor:
+    """(B, Hkv, S) bool: the slots that the last of `length` queries sees."""
+    return (plan.start < length) & (plan.end >= length)

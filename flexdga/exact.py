@@ -1,0 +1,78 @@
+"""Exact attention where no plan is: few queries over a cache, or a mask that DGA cannot express."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+from score_mods import ScoreMod, needs_null_slot
+
+
+def attend_all(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    *,
+    scale: float,
+    score_mod: ScoreMod | None = None,
+    query_position: Tensor | None = None,
+    key_position: Tensor | None = None,
+) -> Tensor:
+    """Attention of every query to every key, plus a bias. It forms H·Q·S scores.
+
+    Args:
+        query: (B, H, Q, D).
+        key: (B, Hkv, S, D).
+        value: (B, Hkv, S, Dv).
+        bias: (B, Hkv or 1, Q or 1, S) in the dtype of the query, added to the scores; -inf hides
+            a key. Every query must see one key at least.
+        scale: of the scores.
+        score_mod: of positions.
+        query_position: (Q,) for the score mod.
+        key_position: (B, Hkv, S) for the score mod.
+
+    Returns:
+        (B, H, Q, Dv).
+    """
+    batch, heads, count, _ = query.shape
+    kv_heads = key.shape[1]
+    rep = heads // kv_heads
+    if score_mod is None:
+        # The query heads of a KV head become rows of one head: its keys are read once.
+        rows = query.reshape(batch, kv_heads, rep * count, -1)
+        if bias.shape[2] > 1 and rep > 1:
+            bias = bias.unsqueeze(2).expand(-1, -1, rep, -1, -1).flatten(2, 3)
+        out = F.scaled_dot_product_attention(rows, key, value, attn_mask=bias, scale=scale)
+        return out.view(batch, heads, count, -1)
+    assert query_position is not None and key_position is not None
+    if needs_null_slot(score_mod):
+        key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
+        bias, key_position = F.pad(bias, (0, 1)), F.pad(key_position, (0, 1), value=-1)
+    k, v, place = (t.repeat_interleave(rep, 1) for t in (key, value, key_position))
+    score = (query @ k.mT).float() * scale
+    score = _modify(score, score_mod, query_position, place)
+    score = score + (bias.repeat_interleave(rep, 1) if bias.shape[1] > 1 else bias)
+    return torch.softmax(score, -1).to(v) @ v
+
+
+def _modify(score: Tensor, score_mod: ScoreMod, query_position: Tensor, place: Tensor) -> Tensor:
+    """The score mod over (B, H, Q, S) scores: it is written for one score, as FlexAttention's."""
+
+    def one(x: Tensor, b: Tensor, h: Tensor, q: Tensor, s: Tensor) -> Tensor:
+        return score_mod(x, b, h, q, place[b, h, s])
+
+    every: Callable[..., Tensor] = one
+    for dims in (
+        (0, None, None, None, 0), (0, None, None, 0, None),
+        (0, None, 0, None, None), (0, 0, None, None, None),
+    ):  # fmt: skip
+        every = torch.vmap(every, in_dims=dims)
+    index = [torch.arange(n, device=score.device) for n in (score.shape[0], score.shape[1])]
+    slots = torch.arange(score.shape[3], device=score.device)
+    with TransformGetItemToIndex():
+        return every(score, *index, query_position, slots)

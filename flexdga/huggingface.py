@@ -1,0 +1,272 @@
+"""DGA as an attention implementation of transformers, `attn_implementation="flexdga"`."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+)
+
+import score_mods
+from flexdga.attention import dga_attention
+from flexdga.cache import layer_of
+from flexdga.config import DGAConfig
+from flexdga.exact import attend_all
+from flexdga.report import LayerReport, about_slots
+from score_mods import ScoreMod
+
+NAME = "flexdga"
+SAMPLE = 64
+"""Queries at which a mask that is not known by name is compared with what documents give."""
+
+_log = logging.getLogger("flexdga")
+
+
+class Settings:
+    """What `wrap` leaves at an attention module: its configuration and its report."""
+
+    def __init__(self, config: DGAConfig, row: LayerReport) -> None:
+        self.config, self.row = config, row
+        self.mods: dict[tuple[Any, ...], ScoreMod | None] = {}
+
+
+def settings_of(module: nn.Module) -> Settings:
+    """The module's settings; defaults where a model was not wrapped, but set to `flexdga`."""
+    found = getattr(module, "_flexdga", None)
+    if found is None:
+        found = Settings(DGAConfig(), LayerReport(type(module).__name__, True, "default config"))
+        module._flexdga = found  # type: ignore[assignment]
+    assert isinstance(found, Settings)
+    return found
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer, with the arguments and the result of transformers' interface.
+
+    Layers with masks of their own (sliding windows, masks that mix directions) arrive with a
+    (B, 1, Q, KV) mask and run exact dense attention, as do layers over somebody else's cache.
+
+    Args:
+        module: the attention module.
+        query: (B, H, Q, D).
+        key: (B, Hkv, KV, D).
+        value: (B, Hkv, KV, Dv).
+        attention_mask: what `mask` made.
+        dropout: expected to be 0: plans and dropout of weights do not go together.
+        scaling: of the scores.
+        is_causal: overrides the module's own.
+        softcap: Gemma 2's.
+        s_aux: (H,) GPT-OSS's attention sinks.
+        position_bias: not supported; sliding and dense layers alone take it.
+        kwargs: what other implementations want.
+
+    Returns:
+        (B, Q, H, Dv) and None: weights are never formed.
+
+    Raises:
+        NotImplementedError: dropout, a position bias, or a mask that needs keys already pooled.
+    """
+    own = settings_of(module)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    layer = layer_of(key)
+    foreign = layer is None and key.shape[2] != query.shape[2]
+    if foreign or (attention_mask is not None and attention_mask.dim() == 4):
+        if layer is not None:
+            raise NotImplementedError(
+                "attention_mask: a mask over pairs of tokens cannot be applied to a DGACache, "
+                "whose old keys are pooled; pass a (B, L) padding mask, or use_cache=False"
+            )
+        own.row.passed += 1
+        return _dense(
+            module, query, key, value, attention_mask,
+            dropout=dropout, scaling=scaling, is_causal=causal, softcap=softcap, s_aux=s_aux,
+            position_bias=position_bias, **kwargs,
+        )  # fmt: skip
+    if dropout:
+        raise NotImplementedError(
+            f"attention_dropout: DGA has no dropout of attention weights, got {dropout}; set it to "
+            f"0 in the model's config, or call model.eval()"
+        )
+    if position_bias is not None:
+        raise NotImplementedError(
+            f"position_bias: {type(module).__name__} adds a bias to the scores of pairs of "
+            f"tokens, which DGA cannot pool; keep this model's own attention"
+        )
+    mod = _score_mod(own, softcap, s_aux)
+    if layer is not None:
+        out = layer.attend(query, scale=scaling, score_mod=mod, document_ids=attention_mask)
+        tokens, slots = layer.cache.seen, layer.cache.num_slots + layer.cache.num_raw
+    else:
+        out = dga_attention(
+            query, key, value, config=own.config, is_causal=causal, scale=scaling, score_mod=mod,
+            document_ids=attention_mask,
+        )  # fmt: skip
+        tokens = key.shape[2]
+        slots = about_slots(own.config, tokens)
+    if not torch.compiler.is_compiling():
+        own.row.replaced += 1
+        own.row.tokens, own.row.slots = tokens, slots
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _score_mod(own: Settings, softcap: float | None, s_aux: Tensor | None) -> ScoreMod | None:
+    """The layer's score mod. Made once: a compiled kernel knows it by its identity."""
+    which = (softcap, id(s_aux))
+    if which not in own.mods:
+        mods = [] if softcap is None else [score_mods.softcap(softcap)]
+        if s_aux is not None:
+            mods.append(score_mods.attention_sinks(s_aux))
+        own.mods[which] = score_mods.compose(*mods) if mods else None
+    return own.mods[which]
+
+
+def _dense(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool,
+    softcap: float | None,
+    s_aux: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Exact attention: transformers' own, or in plain PyTorch where scores are modified."""
+    if softcap is None and s_aux is None:
+        out, _ = sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling,
+            is_causal=is_causal, **kwargs,
+        )  # fmt: skip
+        return out, None
+    count, total = query.shape[2], key.shape[2]
+    place = torch.arange(total, dtype=torch.int32, device=key.device)
+    if mask is None:
+        # Without a mask, the queries are the last of the keys, or the first of an empty cache's.
+        mask = torch.ones(1, 1, count, total, dtype=torch.bool, device=key.device)
+        if is_causal and count > 1:
+            mask = mask.tril(total - count)
+    bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -math.inf)
+    scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+    out = attend_all(
+        query, key, value, bias, scale=scale,
+        score_mod=_score_mod(settings_of(module), softcap, s_aux),
+        query_position=place[total - count :], key_position=place.expand(*key.shape[:3]),
+    )  # fmt: skip
+    return out.transpose(1, 2).contiguous(), None
+
+
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """What `attention` needs of a mask, with the arguments of transformers' interface.
+
+    Returns:
+        None for plain attention in the direction of the module; (B, Q) int32 document ids,
+        negative for padding; or a (B, 1, Q, KV) bool mask where that is not enough, with a
+        warning, once, unless the layer is one of a sliding window.
+    """
+
+    def exact() -> Tensor | None:
+        made: Tensor | None = sdpa_mask(
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
+            kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
+            local_size=local_size, **kwargs,
+        )  # fmt: skip
+        return made
+
+    if local_size is not None or q_length != kv_length:
+        return exact()
+    real = None
+    if attention_mask is not None:
+        real = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+        if not torch.compiler.is_compiling() and real.all():
+            real = None
+    if mask_function in (causal_mask_function, bidirectional_mask_function):
+        return None if real is None else real.int() - 1
+    ids = None
+    if not kwargs.get("use_vmap", False) and not kv_offset:
+        ids = _documents(mask_function, batch_size, q_length, kwargs.get("device", "cpu"))
+    if ids is None:
+        _warn_once(
+            "flexdga: a mask that is neither causal, nor within documents, nor padding; the "
+            "layers that use it run exact dense attention"
+        )
+        made = exact()
+        if made is None:  # by now nothing may rely on a module's own direction
+            kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+            made = exact()
+        return made
+    return ids if real is None else torch.where(real, ids, -1)
+
+
+def _documents(
+    mask_function: Callable[..., Any], batch: int, length: int, device: torch.device | str
+) -> Tensor | None:
+    """(B, L) document ids that give this mask together with causality, or None if none do."""
+    b = torch.arange(batch, device=device)[:, None, None, None]
+    at = torch.arange(length, device=device)
+    head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
+
+    def seen(q: Tensor, kv: Tensor) -> Tensor:
+        found: Tensor = mask_function(b, head, q, kv)
+        return found.expand(torch.broadcast_shapes(b.shape, q.shape, kv.shape))
+
+    # A document begins where a token does not see the one before it.
+    q = at.view(1, 1, -1, 1)
+    joined = seen(q, (q - 1).clamp(min=0))[:, 0, :, 0]
+    ids = (~joined).cumsum(-1).to(torch.int32)
+    if torch.compiler.is_compiling():
+        return ids
+    some = at[:: max(length // SAMPLE, 1)]
+    want = (ids[:, some, None] == ids[:, None]) & (at <= some[:, None])
+    got = seen(some.view(1, 1, -1, 1), at.view(1, 1, 1, -1))[:, 0]
+    return ids if torch.equal(want, got) else None
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    _log.warning(text)
+
+
+def register() -> None:
+    """Make the implementation known to transformers, attention and mask both."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, mask)
+
+
+register()

@@ -1,0 +1,211 @@
+"""The tensors behind a layer's cache: raw tokens in front, slots behind them, in one buffer."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from flexdga.plan import NEVER
+
+GROWTH = 1.25
+"""A full buffer is replaced by one this many times as large."""
+
+
+class Columns(NamedTuple):
+    """Keys with all that attention needs to know of them.
+
+    Attributes:
+        key: (B, Hkv, C, D).
+        value: (B, Hkv, C, Dv).
+        bias: (B, Hkv, C) in the dtype of the keys, added to the score; -inf where nothing is.
+        position: (B, Hkv, C) int32, where in the sequence; -1 where nothing is.
+    """
+
+    key: Tensor
+    value: Tensor
+    bias: Tensor
+    position: Tensor
+
+
+class Origins(NamedTuple):
+    """What pooling needs besides, of raw tokens alone.
+
+    Attributes:
+        first: (B, Hkv, R) int32, first token of the document; NEVER where nothing is.
+        query: (B, H, R, D), or without columns where the configuration asks for no queries.
+    """
+
+    first: Tensor
+    query: Tensor
+
+
+T = TypeVar("T", Columns, Origins)
+
+
+class Saved(NamedTuple):
+    """A state to go back to: the raw section, and how many slots there were."""
+
+    columns: Columns
+    origins: Origins
+    num_slots: int
+
+
+class SlotBuffer:
+    """Raw columns [0, live), room up to `raw_room`, then slots, then room for more of them.
+
+    Args:
+        columns: the raw columns to begin with.
+        origins: of these.
+        raw_room: raw columns to make room for.
+        slot_room: slots to make room for.
+    """
+
+    def __init__(self, columns: Columns, origins: Origins, raw_room: int, slot_room: int) -> None:
+        self.live, self.num_slots = columns.key.shape[2], 0
+        self.raw_room = self.live
+        self._columns, self._origins = columns, origins
+        self._resize(max(raw_room, self.live), slot_room)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences."""
+        return self._columns.key.shape[0]
+
+    def visible(self) -> Columns:
+        """What a query sees; `bias` hides the empty columns among it."""
+        end = self.raw_room + self.num_slots if self.num_slots else self.live
+        return _cut(self._columns, 0, end)
+
+    def raw(self, count: int) -> tuple[Columns, Origins]:
+        """The oldest raw columns, filled up with empty ones to `count`."""
+        take = min(count, self.live)
+        fill: tuple[float, ...] = (0, 0, -math.inf, -1)
+        columns = _cut(self._columns, 0, take)
+        origins = _cut(self._origins, 0, take)
+        return (
+            Columns(*(_fill(t, count, x) for t, x in zip(columns, fill))),
+            Origins(_fill(origins.first, count, NEVER), _fill(origins.query, count, 0)),
+        )
+
+    def append(self, columns: Columns, origins: Origins) -> None:
+        """Raw tokens, newer than all others."""
+        count = columns.key.shape[2]
+        self.reserve(self.live + count, self.num_slots)
+        _write(self._columns, self.live, columns)
+        _write(self._origins, self.live, origins)
+        self.live += count
+
+    def pool(self, count: int, slots: Columns, raw_room: int) -> None:
+        """Drop the `count` oldest raw tokens, add what stands for them.
+
+        The first slots bring the room for raw tokens down to `raw_room`: few will be raw from now.
+        """
+        rest = self.live - count
+        for tensor in (*self._columns, *self._origins):
+            if tensor.shape[2]:
+                tensor[:, :, :rest] = tensor[:, :, count : self.live].clone()
+        self.live = rest
+        self._hide_beyond(rest)
+        if not self.num_slots:
+            self._resize(max(raw_room, rest), self._columns.key.shape[2] - self.raw_room)
+        self.add_slots(slots)
+
+    def add_slots(self, slots: Columns) -> None:
+        """Slots behind the others."""
+        count = slots.key.shape[2]
+        self.reserve(self.raw_room, self.num_slots + count)
+        _write(self._columns, self.raw_room + self.num_slots, slots)
+        self.num_slots += count
+
+    def forget(self, remove: int) -> None:
+        """Drop the newest raw tokens."""
+        self.live -= remove
+        self._hide_beyond(self.live)
+
+    def save(self) -> Saved:
+        """The state, to `restore` after `pool`."""
+        columns, origins = _cut(self._columns, 0, self.live), _cut(self._origins, 0, self.live)
+        return Saved(
+            Columns(*(t.clone() for t in columns)),
+            Origins(*(t.clone() for t in origins)),
+            self.num_slots,
+        )
+
+    def restore(self, saved: Saved) -> None:
+        """Go back."""
+        self.live, self.num_slots = saved.columns.key.shape[2], saved.num_slots
+        self.reserve(self.live, self.num_slots)
+        _write(self._columns, 0, saved.columns)
+        _write(self._origins, 0, saved.origins)
+        self._hide_beyond(self.live)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these sequences of the batch, in this order."""
+        self._columns = _rows(self._columns, rows)
+        self._origins = _rows(self._origins, rows)
+
+    def reserve(self, raw: int, slots: int) -> None:
+        """Make room for so many raw columns and slots in all."""
+        slot_room = self._columns.key.shape[2] - self.raw_room
+        if raw > self.raw_room or slots > slot_room:
+            self._resize(
+                self.raw_room if raw <= self.raw_room else int(raw * GROWTH),
+                slot_room if slots <= slot_room else int(slots * GROWTH),
+            )
+
+    def bytes(self) -> int:
+        """Of everything that is kept."""
+        return sum(t.numel() * t.element_size() for t in (*self._columns, *self._origins))
+
+    def bytes_per_token(self) -> int:
+        """Of one dense token: its key and value, all heads and sequences."""
+        return sum(
+            t.shape[0] * t.shape[1] * t.shape[3] * t.element_size()
+            for t in (self._columns.key, self._columns.value)
+        )
+
+    def _hide_beyond(self, live: int) -> None:
+        self._columns.bias[:, :, live : self.raw_room] = -math.inf
+
+    def _resize(self, raw_room: int, slot_room: int) -> None:
+        old, old_origins = self._columns, self._origins
+        size = raw_room + slot_room
+
+        def empty(like: Tensor, size: int, value: float) -> Tensor:
+            return like.new_full((*like.shape[:2], size, *like.shape[3:]), value)
+
+        new = Columns(*(empty(t, size, x) for t, x in zip(old, (0, 0, -math.inf, -1))))
+        _write(new, 0, _cut(old, 0, self.live))
+        _write(new, raw_room, _cut(old, self.raw_room, self.raw_room + self.num_slots))
+        queries = raw_room if old_origins.query.shape[2] else 0
+        origins = Origins(
+            empty(old_origins.first, raw_room, NEVER), empty(old_origins.query, queries, 0)
+        )
+        _write(origins, 0, _cut(old_origins, 0, self.live))
+        self._columns, self._origins, self.raw_room = new, origins, raw_room
+
+
+def _cut(tensors: T, begin: int, end: int) -> T:
+    return type(tensors)(*(t[:, :, begin:end] for t in tensors))
+
+
+def _write(target: T, at: int, new: T) -> None:
+    for old, tensor in zip(target, new):
+        if old.shape[2]:
+            old[:, :, at : at + tensor.shape[2]] = tensor
+
+
+def _rows(tensors: T, rows: Tensor) -> T:
+    return type(tensors)(*(t.index_select(0, rows) for t in tensors))
+
+
+def _fill(tensor: Tensor, count: int, value: float) -> Tensor:
+    """Columns added up to `count`; a table without any stays so."""
+    more = count - tensor.shape[2]
+    if more <= 0 or not tensor.shape[2]:
+        return tensor
+    blank = tensor.new_full((*tensor.shape[:2], more, *tensor.shape[3:]), value)
+    return torch.cat([tensor, blank], 2)

@@ -1,0 +1,122 @@
+"""`wrap` for transformers models: an implementation by name, and a cache for `generate`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from flexdga.cache import DENSE, DGACache, LayerRule
+from flexdga.config import DGAConfig
+from flexdga.huggingface import NAME, Settings
+from flexdga.report import LayerReport
+
+
+class HuggingFaceWrapping:
+    """A transformers model under DGA.
+
+    Args:
+        model: the model.
+        config: for layers that the rule says nothing of.
+        rule: the configuration of a layer by its number; None leaves it dense.
+
+    Raises:
+        ValueError: nothing in the model can be wrapped, and why.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: DGAConfig, rule: LayerRule) -> None:
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"model: {type(model).__name__} is an encoder-decoder, whose cross-attention "
+                "DGA cannot express; expected a decoder or an encoder"
+            )
+        self.model = model
+        self.modules = attention_modules(model)
+        self.rows = [_row(name, module, rule(i)) for i, (name, module) in enumerate(self.modules)]
+        if not any(row.wrapped for row in self.rows):
+            reasons = sorted({row.why for row in self.rows}) or ["it has no attention modules"]
+            raise ValueError(
+                f"model: nothing to wrap in {type(model).__name__}: {'; '.join(reasons)}"
+            )
+        self.before = [(c, c._attn_implementation_internal) for c in _configs(model)]
+        model.set_attn_implementation(NAME)
+        for (_, module), row, i in zip(self.modules, self.rows, range(len(self.rows))):
+            module._flexdga = Settings(rule(i) or DENSE, row)  # type: ignore[assignment]
+        self.hook = model.register_forward_hook(self._check)
+        if model.can_generate():
+            cache = functools.partial(
+                DGACache, config, model_config=model.config.get_text_config(decoder=True),
+                layers=rule,
+            )  # fmt: skip
+            model.generate = functools.partial(_generate, model, cache)
+
+    def undo(self) -> None:
+        """Restore the model exactly."""
+        for config, implementation in self.before:
+            config._attn_implementation_internal = implementation
+        for _, module in self.modules:
+            del module._flexdga
+        self.hook.remove()
+        self.model.__dict__.pop("generate", None)
+
+    def _check(self, *_: Any) -> None:
+        """Raise if in a forward pass nothing went through DGA."""
+        if torch.compiler.is_compiling():
+            return
+        if not any(row.replaced for row in self.rows) and any(row.passed for row in self.rows):
+            raise RuntimeError(
+                f"flexdga: no attention of {type(self.model).__name__} went through DGA: its "
+                "layers got masks over pairs of tokens, or keys of a cache that is not a DGACache"
+            )
+
+
+def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules that call the attention interface, in order: they know their direction."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if hasattr(module, "is_causal") and not isinstance(module, PreTrainedModel)
+    ]
+
+
+def _row(name: str, module: nn.Module, config: DGAConfig | None) -> LayerReport:
+    window = _sliding_window(module)
+    if window is not None:
+        return LayerReport(name, False, f"sliding window of {window}, left as it is")
+    if config is None:
+        return LayerReport(name, False, "left dense by `layers`")
+    return LayerReport(name, True, "causal" if module.is_causal else "both directions")
+
+
+def _sliding_window(module: nn.Module) -> int | None:
+    if hasattr(module, "sliding_window"):
+        window = module.sliding_window
+        return window if window is None else int(window)  # type: ignore[arg-type]
+    index, config = getattr(module, "layer_idx", None), getattr(module, "config", None)
+    if index is None or config is None or not module.is_causal:
+        return None
+    kinds, arguments = get_layer_types_and_kwargs(config)
+    return arguments[index].get("sliding_window") if index < len(kinds) else None
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    found = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    return list(found.values())
+
+
+def _generate(
+    model: PreTrainedModel, cache: Callable[[], DGACache], *args: Any, **kwargs: Any
+) -> Any:
+    """`model.generate`, with a DGACache unless the caller says otherwise."""
+    settings = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+    asked = [kwargs, vars(settings or model.generation_config)]
+    other = any(a.get("cache_implementation") for a in asked)
+    none = any(a.get("use_cache") is False for a in asked)
+    if kwargs.get("past_key_values") is None and not other and not none:
+        kwargs["past_key_values"] = cache()
+    return type(model).generate(model, *args, **kwargs)

@@ -239,7 +239,8 @@ class LayerCache:
             later = torch.ones(count, count, dtype=torch.bool, device=key.device).triu(1)
             bias = bias.expand(-1, -1, count, -1).clone()
             live = self._buffer.live
-            bias[..., live - count : live].masked_fill_(later, -math.inf)
+            raw = min(count, live)  # the first of them may be pooled already
+            bias[..., live - raw : live].masked_fill_(later[:, count - raw :], -math.inf)
         if real is not None:  # a query of padding sees all, so that no softmax is empty
             bias = torch.where(real[:, None, :, None], bias, 0.0)
         out = attend_all(
@@ -325,7 +326,9 @@ class LayerCache:
         if slots is not None or ahead >= config.dense_below > 0:
             slot_room = max((ahead - self.done) // config.unit_size * self._unit_slots, ROOM)
             slot_room += 0 if slots is None else slots.key.shape[2]
-        self._buffer = SlotBuffer(columns, origins, raw_room, slot_room)
+        self._buffer = SlotBuffer(
+            columns, origins, raw_room, slot_room, keep_queries=self._keeps_queries
+        )
         if slots is not None:
             self._buffer.add_slots(slots)
 

@@ -61,9 +61,19 @@ class SlotBuffer:
         origins: of these.
         raw_room: raw columns to make room for.
         slot_room: slots to make room for.
+        keep_queries: whether raw tokens keep their queries; without, `origins` has none.
     """
 
-    def __init__(self, columns: Columns, origins: Origins, raw_room: int, slot_room: int) -> None:
+    def __init__(
+        self,
+        columns: Columns,
+        origins: Origins,
+        raw_room: int,
+        slot_room: int,
+        *,
+        keep_queries: bool,
+    ) -> None:
+        self.keep_queries = keep_queries
         self.live, self.num_slots = columns.key.shape[2], 0
         self.raw_room = self.live
         self._columns, self._origins = columns, origins
@@ -85,9 +95,10 @@ class SlotBuffer:
         fill: tuple[float, ...] = (0, 0, -math.inf, -1)
         columns = _cut(self._columns, 0, take)
         origins = _cut(self._origins, 0, take)
+        queries = count if self.keep_queries else 0
         return (
             Columns(*(_fill(t, count, x) for t, x in zip(columns, fill))),
-            Origins(_fill(origins.first, count, NEVER), _fill(origins.query, count, 0)),
+            Origins(_fill(origins.first, count, NEVER), _fill(origins.query, queries, 0)),
         )
 
     def append(self, columns: Columns, origins: Origins) -> None:
@@ -180,7 +191,7 @@ class SlotBuffer:
         new = Columns(*(empty(t, size, x) for t, x in zip(old, (0, 0, -math.inf, -1))))
         _write(new, 0, _cut(old, 0, self.live))
         _write(new, raw_room, _cut(old, self.raw_room, self.raw_room + self.num_slots))
-        queries = raw_room if old_origins.query.shape[2] else 0
+        queries = raw_room if self.keep_queries else 0
         origins = Origins(
             empty(old_origins.first, raw_room, NEVER), empty(old_origins.query, queries, 0)
         )
@@ -203,9 +214,9 @@ def _rows(tensors: T, rows: Tensor) -> T:
 
 
 def _fill(tensor: Tensor, count: int, value: float) -> Tensor:
-    """Columns added up to `count`; a table without any stays so."""
+    """Columns added up to `count`."""
     more = count - tensor.shape[2]
-    if more <= 0 or not tensor.shape[2]:
+    if not more:
         return tensor
     blank = tensor.new_full((*tensor.shape[:2], more, *tensor.shape[3:]), value)
     return torch.cat([tensor, blank], 2)

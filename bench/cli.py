@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from flexdga import __version__
 
-from . import attention
+from . import attention, decode
 from .errors import UsageError
 
 
@@ -27,6 +27,11 @@ COMMANDS: dict[str, Command] = {
         "time, work and error of one attention call against dense baselines (the default)",
         attention.add_arguments,
         attention.run,
+    ),
+    "decode": Command(
+        "time per token and cache size of a model after long prompts, dense against DGACache",
+        decode.add_arguments,
+        decode.run,
     ),
 }
 DEFAULT = "attention"

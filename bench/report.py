@@ -57,7 +57,7 @@ class Report:
     def text(self, peak_source: str) -> str:
         """Header, tables and legend."""
         of_model = bool(self.layers)
-        parts = ["\n".join(_wrap(f"{key}: {_spell(value)}") for key, value in self.header.items())]
+        parts = ["\n".join(wrap(f"{key}: {spell(value)}") for key, value in self.header.items())]
         for length, rows in groupby(self.rows, key=lambda row: row.length):
             found = list(rows)
             parts.append(_length_table(found, of_model))
@@ -72,14 +72,14 @@ class Report:
             del legend["±"]
         else:
             legend["err"] += f" {ON_RANDOM}"
-        parts.append("\n".join(_wrap(f"{key}: {text}") for key, text in legend.items()))
+        parts.append("\n".join(wrap(f"{key}: {text}") for key, text in legend.items()))
         return "\n\n".join(part for part in parts if part)
 
     def _absent(self) -> str:
         lines = [f"{name}: {reason}" for name, reason in self.missing.items()]
         for length, reasons in self.left_out.items():
             lines += [f"{name}, L = {length}: {reason}" for name, reason in reasons.items()]
-        return "\n".join(["Left out", *(_wrap(f"- {line}") for line in lines)]) if lines else ""
+        return "\n".join(["Left out", *(wrap(f"- {line}") for line in lines)]) if lines else ""
 
     def json(self) -> str:
         """Everything with full digits."""
@@ -97,9 +97,9 @@ def _length_table(rows: Sequence[Row], of_model: bool) -> str:
     title = f"L = {first.length}" + (f", {first.layers} layers" if of_model else "")
     lines = []
     for row in rows:
-        line = {"method": row.method, "ms": _number(row.median_ms)}
+        line = {"method": row.method, "ms": number(row.median_ms)}
         if not of_model:
-            spread = _number((row.max_ms - row.min_ms) / 2, 2)
+            spread = number((row.max_ms - row.min_ms) / 2, 2)
             line["±"] = spread if row.runs > 1 else "once"
         line["plan"] = "" if row.planner_share is None else f"{row.planner_share:.0%}"
         line["speedup"] = _ratio(row.speedup)
@@ -107,23 +107,23 @@ def _length_table(rows: Sequence[Row], of_model: bool) -> str:
         line["err"] = _error(row.error)
         if of_model:
             line["max"] = _error(row.error_max)
-        line["MiB"] = _number(row.peak_mib, 2)
+        line["MiB"] = number(row.peak_mib, 2)
         lines.append(line)
-    return f"{title}\n{_table(lines)}"
+    return f"{title}\n{table(lines)}"
 
 
 def _layer_table(rows: Sequence[LayerRow]) -> str:
     lines = [
         {
             "layer": str(row.layer),
-            "DGA ms": _number(row.median_ms),
+            "DGA ms": number(row.median_ms),
             "speedup": _ratio(row.speedup),
             "computed": f"{row.computed:.3f}",
             "error": _error(row.error),
         }
         for row in rows
     ]
-    return _table(lines)
+    return table(lines)
 
 
 def _compile_table(compiled: Sequence[Compiled]) -> str:
@@ -134,20 +134,21 @@ def _compile_table(compiled: Sequence[Compiled]) -> str:
             "compiled": row.method,
             "at L": str(row.length),
             "graphs": str(row.graphs),
-            "first call s": _number(row.first_call_s),
-            "of that compiling s": _number(row.compile_s),
+            "first call s": number(row.first_call_s),
+            "of that compiling s": number(row.compile_s),
         }
         for row in compiled
     ]
-    return f"Compilation (no other first call compiled anything)\n{_table(lines)}"
+    return f"Compilation (no other first call compiled anything)\n{table(lines)}"
 
 
-def _table(lines: Sequence[dict[str, str]]) -> str:
+def table(lines: Sequence[dict[str, str]]) -> str:
+    """Rows as a github-style table; the first column is text, the others figures."""
     align = ["left", *["right"] * (len(lines[0]) - 1)]
     return tabulate(lines, headers="keys", tablefmt="github", colalign=align, disable_numparse=True)
 
 
-def _number(value: float, digits: int = 3) -> str:
+def number(value: float, digits: int = 3) -> str:
     """So many significant digits, and whole digits never rounded away."""
     if value == 0:
         return "0"
@@ -163,7 +164,8 @@ def _error(value: float) -> str:
     return "0" if value == 0 else f"{value:.3f}" if value >= 1e-3 else f"{value:.0e}"
 
 
-def _spell(value: Any) -> str:
+def spell(value: Any) -> str:
+    """A value for a header."""
     if isinstance(value, dict):
         return ", ".join(f"{key}={item}" for key, item in value.items()) or "none"
     if isinstance(value, (list, tuple)):
@@ -171,7 +173,8 @@ def _spell(value: Any) -> str:
     return str(value)
 
 
-def _wrap(line: str) -> str:
+def wrap(line: str) -> str:
+    """A line folded at 80 columns."""
     return textwrap.fill(line, WIDTH, subsequent_indent="  ")
 
 

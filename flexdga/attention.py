@@ -160,7 +160,7 @@ def _in_steps(
 
     def padded(x: Tensor, dim: int, value: int = 0) -> Tensor:
         if not torch.compiler.is_compiling() and fill == 0:
-            return x
+            return x.contiguous()  # as `cat` below: other strides would be compiled anew
         more = x.new_full((*x.shape[:dim], fill, *x.shape[dim + 1 :]), value)
         return torch.cat([x, more], dim)
 

@@ -223,13 +223,10 @@ class LayerCache:
         assert self._buffer is not None
         time, count = self.seen, query.shape[2]
         self._pool_due(time, scale)
-        at = torch.arange(time, time + count, dtype=torch.int32, device=key.device)
-        token = at.expand(*key.shape[:2], -1)
         if real is not None:
-            token = torch.where(real[:, None], token, -1)
             begun = self._doc_first < time
             self._doc_first = torch.where(begun, self._doc_first, time + _first_real(real))
-        self._buffer.append(*self._columns(query, key, value, token))
+        self._buffer.append(query, key, value, position=time, first=self._doc_first, real=real)
         self.seen += count
         self._pool_due(time, scale)  # without a raw window a unit goes with its own last token
 
@@ -243,21 +240,14 @@ class LayerCache:
             bias[..., live - raw : live].masked_fill_(later[:, count - raw :], -math.inf)
         if real is not None:  # a query of padding sees all, so that no softmax is empty
             bias = torch.where(real[:, None, :, None], bias, 0.0)
+        at = None
+        if score_mod is not None:
+            at = torch.arange(time, time + count, dtype=torch.int32, device=key.device)
         out = attend_all(
             query, seen.key, seen.value, bias, scale=scale, score_mod=score_mod,
             query_position=at, key_position=seen.position,
         )  # fmt: skip
         return out if real is None else out * real[:, None, :, None]
-
-    def _columns(
-        self, query: Tensor, key: Tensor, value: Tensor, token: Tensor
-    ) -> tuple[Columns, Origins]:
-        """Raw columns of new tokens; (B, Hkv, Q) token is their position, -1 for padding."""
-        here = token >= 0
-        first = torch.where(here, self._doc_first[:, None], NEVER)
-        bias = torch.where(here, 0.0, -math.inf).to(key)
-        queries = query if self._keeps_queries else query[:, :, :0]
-        return Columns(key, value, bias, token), Origins(first, queries)
 
     # The prompt
 
@@ -315,10 +305,13 @@ class LayerCache:
         live = length - self.done
         token = length - 1 - compact(raw.flip(-1), live).flip(-1)
         token = torch.where(token < length, token, -1)
-        rows = token.repeat_interleave(query.shape[1] // key.shape[1], 1)
-        columns, origins = self._columns(
-            take_rows(query, rows), take_rows(key, token), take_rows(value, token), token
-        )
+        here = token >= 0
+        bias = torch.where(here, 0.0, -math.inf).to(key)
+        columns = Columns(take_rows(key, token), take_rows(value, token), bias, token)
+        queries = query[:, :, :0]
+        if self._keeps_queries:
+            queries = take_rows(query, token.repeat_interleave(query.shape[1] // key.shape[1], 1))
+        origins = Origins(torch.where(here, self._doc_first[:, None], NEVER), queries)
         ahead = max(self.max_length or 0, length)
         raw_room, slot_room = max(live + ROOM, min(ahead, config.dense_below)), 0
         if slots is not None:

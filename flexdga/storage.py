@@ -101,13 +101,44 @@ class SlotBuffer:
             Origins(_fill(origins.first, count, NEVER), _fill(origins.query, queries, 0)),
         )
 
-    def append(self, columns: Columns, origins: Origins) -> None:
-        """Raw tokens, newer than all others."""
-        count = columns.key.shape[2]
+    def append(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        position: int,
+        first: Tensor,
+        real: Tensor | None = None,
+    ) -> None:
+        """Raw tokens, newer than all others.
+
+        Args:
+            query: (B, H, Q, D).
+            key: (B, Hkv, Q, D).
+            value: (B, Hkv, Q, Dv).
+            position: of the first of them; the others follow.
+            first: (B, 1) first token of each row's document.
+            real: (B, Q) bool, false for padding; None where there is none.
+        """
+        count = key.shape[2]
         self.reserve(self.live + count, self.num_slots)
-        _write(self._columns, self.live, columns)
-        _write(self._origins, self.live, origins)
+        new = slice(self.live, self.live + count)
         self.live += count
+        columns, origins = _cut(self._columns, new.start, new.stop), self._origins
+        columns.key.copy_(key)
+        columns.value.copy_(value)
+        columns.bias.zero_()
+        places = torch.arange(position, position + count, dtype=torch.int32, device=key.device)
+        columns.position.copy_(places)
+        origins.first[:, :, new] = first[:, None]
+        if self.keep_queries:
+            origins.query[:, :, new] = query
+        if real is not None:
+            dead = ~real[:, None]
+            columns.bias.masked_fill_(dead, -math.inf)
+            columns.position.masked_fill_(dead, -1)
+            origins.first[:, :, new].masked_fill_(dead, NEVER)
 
     def pool(self, count: int, slots: Columns, raw_room: int) -> None:
         """Drop the `count` oldest raw tokens, add what stands for them.

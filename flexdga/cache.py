@@ -77,6 +77,8 @@ class DGALayer(CacheLayerMixin):  # type: ignore[misc]
         _last_updated = self
         return key_states, value_states
 
+    # It branches on what is pooled when: a graph break in each layer, and not one for each step.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attend(
         self,
         query: Tensor,
@@ -86,6 +88,8 @@ class DGALayer(CacheLayerMixin):  # type: ignore[misc]
         document_ids: Tensor | None = None,
     ) -> Tensor:
         """Attention of the queries whose keys and values `update` took; see `LayerCache.attend`."""
+        global _last_updated
+        _last_updated = None
         if self.waiting is None:
             raise ValueError("query: expected cache.update(key, value) before the query")
         (key, value), self.waiting = self.waiting, None

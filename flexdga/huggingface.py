@@ -20,7 +20,7 @@ from transformers.masking_utils import (
 
 import score_mods
 from flexdga.attention import dga_attention
-from flexdga.cache import layer_of
+from flexdga.cache import DGALayer, layer_of
 from flexdga.config import DGAConfig
 from flexdga.exact import attend_all
 from flexdga.report import LayerReport, about_slots
@@ -29,6 +29,10 @@ from score_mods import ScoreMod
 NAME = "flexdga"
 SAMPLE = 64
 """Queries at which a mask that is not known by name is compared with what documents give."""
+ODD_MASK = (
+    "flexdga: a mask that is neither causal, nor within documents, nor padding; the layers that "
+    "use it run exact dense attention"
+)
 
 _log = logging.getLogger("flexdga")
 
@@ -39,6 +43,10 @@ class Settings:
     def __init__(self, config: DGAConfig, row: LayerReport) -> None:
         self.config, self.row = config, row
         self.mods: dict[tuple[Any, ...], ScoreMod | None] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied model has sinks of its own, and functions cannot be pickled."""
+        return self.__dict__ | {"mods": {}}
 
 
 def settings_of(module: nn.Module) -> Settings:
@@ -93,6 +101,9 @@ def attention(
     own = settings_of(module)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     layer = layer_of(key)
+    if layer is None and attention_mask is None and causal and 1 < query.shape[2] < key.shape[2]:
+        # Without a mask, keys beyond the queries are the room of a static cache that was empty.
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     foreign = layer is None and key.shape[2] != query.shape[2]
     if foreign or (attention_mask is not None and attention_mask.dim() == 4):
         if layer is not None:
@@ -100,6 +111,8 @@ def attention(
                 "attention_mask: a mask over pairs of tokens cannot be applied to a DGACache, "
                 "whose old keys are pooled; pass a (B, L) padding mask, or use_cache=False"
             )
+        if own.row.wrapped and not foreign and kwargs.get("sliding_window") is None:
+            _warn_once(ODD_MASK)
         own.row.passed += 1
         return _dense(
             module, query, key, value, attention_mask,
@@ -119,18 +132,26 @@ def attention(
     mod = _score_mod(own, softcap, s_aux)
     if layer is not None:
         out = layer.attend(query, scale=scaling, score_mod=mod, document_ids=attention_mask)
-        tokens, slots = layer.cache.seen, layer.cache.num_slots + layer.cache.num_raw
     else:
         out = dga_attention(
             query, key, value, config=own.config, is_causal=causal, scale=scaling, score_mod=mod,
             document_ids=attention_mask,
         )  # fmt: skip
-        tokens = key.shape[2]
-        slots = about_slots(own.config, tokens)
     if not torch.compiler.is_compiling():
-        own.row.replaced += 1
-        own.row.tokens, own.row.slots = tokens, slots
+        _count(own, key.shape[2], layer)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _count(own: Settings, length: int, layer: DGALayer | None) -> None:
+    row = own.row
+    if not row.wrapped:  # exact by its configuration
+        row.passed += 1
+        return
+    row.replaced += 1
+    if layer is None:
+        row.tokens, row.slots = length, about_slots(own.config, length)
+    else:
+        row.tokens, row.slots = layer.cache.seen, layer.cache.num_slots + layer.cache.num_raw
 
 
 def _score_mod(own: Settings, softcap: float | None, s_aux: Tensor | None) -> ScoreMod | None:
@@ -168,11 +189,12 @@ def _dense(
     count, total = query.shape[2], key.shape[2]
     place = torch.arange(total, dtype=torch.int32, device=key.device)
     if mask is None:
-        # Without a mask, the queries are the last of the keys, or the first of an empty cache's.
         mask = torch.ones(1, 1, count, total, dtype=torch.bool, device=key.device)
-        if is_causal and count > 1:
-            mask = mask.tril(total - count)
-    bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -math.inf)
+        mask = mask.tril() if is_causal and count > 1 else mask
+    bias = mask.to(query.dtype)
+    if mask.dtype == torch.bool:
+        mask = mask | ~mask.any(-1, keepdim=True)  # a row of padding may see nothing, not NaN
+        bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -math.inf)
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     out = attend_all(
         query, key, value, bias, scale=scale,
@@ -222,10 +244,7 @@ def mask(
     if not kwargs.get("use_vmap", False) and not kv_offset:
         ids = _documents(mask_function, batch_size, q_length, kwargs.get("device", "cpu"))
     if ids is None:
-        _warn_once(
-            "flexdga: a mask that is neither causal, nor within documents, nor padding; the "
-            "layers that use it run exact dense attention"
-        )
+        _warn_once(ODD_MASK)
         made = exact()
         if made is None:  # by now nothing may rely on a module's own direction
             kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}

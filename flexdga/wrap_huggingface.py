@@ -37,7 +37,8 @@ class HuggingFaceWrapping:
             )
         self.model = model
         self.modules = attention_modules(model)
-        self.rows = [_row(name, module, rule(i)) for i, (name, module) in enumerate(self.modules)]
+        chosen = [_chosen(rule, i) for i in range(len(self.modules))]
+        self.rows = [_row(name, module, own) for (name, module), own in zip(self.modules, chosen)]
         if not any(row.wrapped for row in self.rows):
             reasons = sorted({row.why for row in self.rows}) or ["it has no attention modules"]
             raise ValueError(
@@ -45,13 +46,21 @@ class HuggingFaceWrapping:
             )
         self.before = [(c, c._attn_implementation_internal) for c in _configs(model)]
         model.set_attn_implementation(NAME)
-        for (_, module), row, i in zip(self.modules, self.rows, range(len(self.rows))):
-            module._flexdga = Settings(rule(i) or DENSE, row)  # type: ignore[assignment]
+        for (_, module), row, own in zip(self.modules, self.rows, chosen):
+            module._flexdga = Settings(own or DENSE, row)  # type: ignore[assignment]
         self.hook = model.register_forward_hook(self._check)
+        self.generate = model.__dict__.get("generate")
         if model.can_generate():
+            # Modules are numbered as in the report, a cache's layers by their own numbers. The
+            # rule itself may be a lambda, which would keep the model from being pickled.
+            by_layer = {
+                getattr(module, "layer_idx", i): own
+                for i, ((_, module), own) in enumerate(zip(self.modules, chosen))
+                if module.is_causal
+            }
             cache = functools.partial(
                 DGACache, config, model_config=model.config.get_text_config(decoder=True),
-                layers=rule,
+                layers=by_layer.get,
             )  # fmt: skip
             model.generate = functools.partial(_generate, model, cache)
 
@@ -63,6 +72,8 @@ class HuggingFaceWrapping:
             del module._flexdga
         self.hook.remove()
         self.model.__dict__.pop("generate", None)
+        if self.generate is not None:
+            self.model.__dict__["generate"] = self.generate
 
     def _check(self, *_: Any) -> None:
         """Raise if in a forward pass nothing went through DGA."""
@@ -82,6 +93,13 @@ def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
         for name, module in model.named_modules()
         if hasattr(module, "is_causal") and not isinstance(module, PreTrainedModel)
     ]
+
+
+def _chosen(rule: LayerRule, index: int) -> DGAConfig | None:
+    config = rule(index)
+    if config is not None and not isinstance(config, DGAConfig):
+        raise TypeError(f"layers: expected DGAConfig or None for layer {index}, got {config!r}")
+    return config
 
 
 def _row(name: str, module: nn.Module, config: DGAConfig | None) -> LayerReport:
@@ -119,4 +137,6 @@ def _generate(
     none = any(a.get("use_cache") is False for a in asked)
     if kwargs.get("past_key_values") is None and not other and not none:
         kwargs["past_key_values"] = cache()
+        if getattr(settings, "is_assistant", False):
+            kwargs["past_key_values"].activate_past_recording()  # drafts are taken back
     return type(model).generate(model, *args, **kwargs)

@@ -110,8 +110,9 @@ def test_cca_is_its_two_modules(length, size, window):
 def test_causal_scope_is_causal_bit_for_bit(mode, request):
     if mode == "eager":
         request.getfixturevalue("eager")
-    config = small(scope="causal", **({} if mode == "eager" else {"block_size": (32, 32)}))
-    inputs = qkv(heads=4, kv_heads=2, length=300)
+    block = 16 if mode == "eager" else 32
+    config = small(scope="causal", block_size=(block, block))
+    inputs = qkv(2, 6, 2, 300)
     before = dga_attention(*inputs, config=config)
     for token in (299, 150, 37, 1):
         changed = [x.clone() for x in inputs]
@@ -133,24 +134,30 @@ def test_prompt_scope_does_look_ahead():
     assert not torch.equal(before[:, :, :280], after[:, :, :280])
 
 
+SLOPES = torch.tensor([0.5, 0.25, 0.1, 0.0])
+CAPPED_ALIBI = score_mods.compose(score_mods.softcap(2.0), score_mods.alibi(SLOPES))
+
+
 @pytest.mark.parametrize(
-    ("heads", "dtype", "head_dim"),
+    ("heads", "dtype", "head_dim", "group_bias", "score_mod"),
     [
-        ((6, 2), torch.float32, 32),
-        ((4, 4), torch.bfloat16, 64),
-        pytest.param((2, 1), torch.float16, 64, marks=pytest.mark.slow),
+        ((6, 2), torch.float32, 32, "none", None),
+        ((4, 4), torch.bfloat16, 64, "mass", CAPPED_ALIBI),
+        pytest.param((4, 4), torch.bfloat16, 64, "none", None, marks=pytest.mark.slow),
+        pytest.param((2, 1), torch.float16, 64, "none", None, marks=pytest.mark.slow),
+        pytest.param((4, 2), torch.float32, 64, "none", CAPPED_ALIBI, marks=pytest.mark.slow),
     ],
-    ids=str,
+    ids=lambda value: "score mod" if callable(value) else str(value),
 )
-def test_compiled_kernel_equals_reference(heads, dtype, head_dim):
+def test_compiled_kernel_equals_reference(heads, dtype, head_dim, group_bias, score_mod):
     """At lengths that divide nothing, in every layout, and all of it compiled once."""
-    config = small(block_size=(32, 32))
+    config = small(block_size=(32, 32), group_bias=group_bias)
     for length, layout in ((65, "plain"), (131, "packed"), (211, "left"), (257, "lengths")):
         inputs = qkv(2, *heads, length, head_dim, dtype)
         arguments, _ = layout_arguments(layout, 2, length)
         with torch.compiler.set_stance("force_eager"):
             plan = make_plan(*inputs, config=config, **arguments)
-        check(inputs, config, plan=plan)
+        check(inputs, config, plan=plan, score_mod=score_mod)
 
 
 @pytest.mark.slow
@@ -178,15 +185,51 @@ def test_short_sequences_take_sdpa():
             assert relative_error(out, want) < TOLERANCE[torch.float32]
 
 
+group_choices = pytest.mark.parametrize(
+    "choices",
+    [
+        {},
+        {"group_bias": "mass"},
+        {"group_weights": "importance"},
+        {"group_bias": "mass", "group_weights": "importance"},
+    ],
+    ids=lambda choices: "+".join(choices.values()) or "default",
+)
+
+
 @pytest.mark.usefixtures("eager")
-def test_short_sequences_stay_exact_with_a_score_mod():
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
+@pytest.mark.parametrize("layout", ["plain", "lengths", "left", "packed"])
+@group_choices
+def test_short_sequences_stay_exact_with_a_plan(choices, layout, causal):
     inputs = qkv(2, 4, 2, 100)
-    capped = dga_attention(*inputs, score_mod=score_mods.softcap(2.0))
+    arguments, ids = layout_arguments(layout, 2, 100)
+    config = DGAConfig(**choices)
+    out, plan = dga_attention(
+        *inputs, config=config, is_causal=causal, return_plan=True, **arguments
+    )
+    want = reference.dense(*inputs, document_ids=ids, is_causal=causal)
+    assert relative_error(out, want) < TOLERANCE[torch.float32]
+    assert torch.equal(out, dga_attention(*inputs, config=config, plan=plan))
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
+@group_choices
+def test_short_sequences_stay_exact_with_a_score_mod(choices, causal):
+    inputs = qkv(2, 4, 2, 100)
+    mod = score_mods.softcap(2.0)
+    arguments = {"config": DGAConfig(**choices), "score_mod": mod, "is_causal": causal}
+    capped = dga_attention(*inputs, **arguments)
     scores = inputs[0].double() @ inputs[1].double().repeat_interleave(2, 1).mT / 32**0.5
     scores = 2 * torch.tanh(scores / 2)
-    scores = scores.masked_fill(~torch.ones(100, 100, dtype=torch.bool).tril(), -torch.inf)
+    if causal:
+        future = ~torch.ones(100, 100, dtype=torch.bool).tril()
+        scores = scores.masked_fill(future, -torch.inf)
     want = torch.softmax(scores, -1) @ inputs[2].double().repeat_interleave(2, 1)
     assert relative_error(capped, want) < TOLERANCE[torch.float32]
+    again, _ = dga_attention(*inputs, return_plan=True, **arguments)
+    assert torch.equal(capped, again)
 
 
 @pytest.mark.usefixtures("eager")

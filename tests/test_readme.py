@@ -1,7 +1,12 @@
-"""Every Python block of the README, and every example, runs as it stands."""
+"""Every Python block of the README, and every example, runs as it stands.
+
+Those of many tokens are compiled, as users would run them; the others in the slow tests only, since
+each compiles for shapes of its own.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -12,17 +17,42 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+UNCOMPILED = 8000
+"""Tokens that uncompiled attention holds all scores of, in a few GB."""
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[-1][:40])
-def test_readme_block(block, tmp_path, monkeypatch):
+def in_modes(codes: list[tuple[str, str]]) -> list:
+    """Each code compiled, in a quick test or a slow one, and uncompiled where that is quicker."""
+    found = []
+    for name, code in codes:
+        short = max(map(int, re.findall(r"\d+", code)), default=0) < UNCOMPILED
+        if short:
+            found.append(pytest.param(code, False, id=f"{name}-eager"))
+        marks = [pytest.mark.slow] if short else []
+        found.append(pytest.param(code, True, id=f"{name}-compiled", marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("block", "compiled"),
+    in_modes([(block.strip().splitlines()[-1][:40], block) for block in BLOCKS]),
+)
+def test_readme_block(block, compiled, tmp_path, monkeypatch, request):
+    if not compiled:
+        request.getfixturevalue("eager")
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example(path, tmp_path):
-    run = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("code", "compiled"), in_modes([(path.stem, path.read_text()) for path in EXAMPLES])
+)
+def test_example(code, compiled, tmp_path):
+    (tmp_path / "example.py").write_text(code)
+    run = subprocess.run(
+        [sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"TORCHDYNAMO_DISABLE": str(int(not compiled))},
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert len(run.stdout) > 100
 

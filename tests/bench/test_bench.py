@@ -20,8 +20,6 @@ from torch import Tensor
 
 from flexdga import DGAConfig
 
-# The layout of `save_tiny_model` too, so that one compilation serves all tests.
-TINY = ["--heads", "4", "--kv-heads", "2", "--head-dim", "64", "--device", "cpu"]
 CPU = torch.device("cpu")
 
 
@@ -51,7 +49,7 @@ def test_default_command_measures_and_writes_all_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = {name: tmp_path / f"out.{name}" for name in ("json", "csv", "png")}
-    argv = ["--lengths", "512,256", "--repeats", "2", "--threads", "2", *TINY]
+    argv = ["--lengths", "512,256", "--repeats", "2", "--threads", "2", "--device", "cpu"]
     outputs = ["--json", str(paths["json"]), "--csv", str(paths["csv"])]
     assert main([*argv, *outputs, "--plot", str(paths["png"])]) == 0
     shown = capsys.readouterr().out
@@ -73,7 +71,7 @@ def test_default_command_measures_and_writes_all_files(
 
 def test_json_alone_on_stdout_and_dense_below_is_heard(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--lengths", "256", "--repeats", "1", "--config", "dense_below=1024", "--json", "-"]
-    assert main(["attention", *argv, *TINY]) == 0
+    assert main(["attention", *argv, "--device", "cpu"]) == 0
     shown = capsys.readouterr()
     check_width(shown.err)
     (row,) = [row for row in json.loads(shown.out)["rows"] if row["method"] == DGA]
@@ -216,6 +214,7 @@ def test_widest_numbers_fit_80_columns() -> None:
     check_width(report.Report({}, [widest], [layer], [], {}, {}).text(""))
 
 
+@pytest.mark.usefixtures("eager")
 def test_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_tiny_model(tmp_path)
     argv = ["--model", str(tmp_path), "--device", "cpu", "--repeats", "1", "--json", "-"]

@@ -194,5 +194,6 @@ def test_the_layer_is_attention_between_projections():
 
 def test_few_public_names():
     assert sorted(flexdga.__all__) == [
-        "DGAConfig", "DGAttention", "Plan", "dga_attention", "make_plan",
+        "DGACache", "DGAConfig", "DGAttention", "Plan", "applied", "dga_attention", "dga_decode",
+        "make_plan", "report", "unwrap", "wrap",
     ]  # fmt: skip

@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NEED_A_MODEL = [path for path in EXAMPLES if '"--model", required=True' in path.read_text()]
 UNCOMPILED = 8000
 """Tokens that uncompiled attention holds all scores of, in a few GB."""
 
@@ -45,7 +46,8 @@ def test_readme_block(block, compiled, tmp_path, monkeypatch, request):
 
 
 @pytest.mark.parametrize(
-    ("code", "compiled"), in_modes([(path.stem, path.read_text()) for path in EXAMPLES])
+    ("code", "compiled"),
+    in_modes([(path.stem, path.read_text()) for path in EXAMPLES if path not in NEED_A_MODEL]),
 )
 def test_example(code, compiled, tmp_path):
     (tmp_path / "example.py").write_text(code)
@@ -55,6 +57,12 @@ def test_example(code, compiled, tmp_path):
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert len(run.stdout) > 100
+
+
+@pytest.mark.parametrize("path", NEED_A_MODEL, ids=lambda path: path.stem)
+def test_example_that_needs_a_model_says_so(path):
+    run = subprocess.run([sys.executable, path], capture_output=True, text=True)
+    assert run.returncode == 2 and "required: --model" in run.stderr
 
 
 def test_the_readme_names_both_commands():

@@ -30,7 +30,7 @@ from .workloads import default_text
 
 LENGTHS = (1024, 4096, 8192, 16384, 32768)
 TOKENS = 16
-DYNAMIC, STATIC, DGA = "dense, DynamicCache", "dense, StaticCache", "DGACache"
+DYNAMIC, STATIC, DGA = "DynamicCache", "StaticCache", "DGACache"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +225,7 @@ def _at_length(
                 token_ms=statistics.median(times),
                 token_min_ms=min(times),
                 token_max_ms=max(times),
+                tokens_per_s=1e3 / statistics.median(times),
                 speedup=base / statistics.median(times),
                 attention_ms=None if own is None else statistics.median(own),
                 cache_mib=held[name] / 2**20,

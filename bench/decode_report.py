@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from .report import number, spell, table, wrap
 
 LEGEND = {
+    "DynamicCache, StaticCache": "dense attention, transformers' SDPA implementation.",
     "first s": "time to the first token: the whole prompt and one token.",
     "ms": "time from token to token, the whole model; median of the tokens, ± half the distance "
     "from the fastest to the slowest. x: times faster than DynamicCache.",
@@ -32,6 +34,7 @@ class DecodeRow:
     token_ms: float
     token_min_ms: float
     token_max_ms: float
+    tokens_per_s: float
     speedup: float
     attention_ms: float | None
     cache_mib: float
@@ -50,7 +53,7 @@ class DecodeReport:
         """Header, tables and legend."""
         parts = ["\n".join(wrap(f"{key}: {spell(value)}") for key, value in self.header.items())]
         for length, rows in groupby(self.rows, key=lambda row: row.length):
-            parts.append(f"{length} tokens of context\n{table([_line(row) for row in rows])}")
+            parts.append(f"{length} tokens of context\n{_table(rows)}")
         parts.append("\n".join(wrap(f"{key}: {text}") for key, text in LEGEND.items()))
         return "\n\n".join(parts)
 
@@ -89,12 +92,17 @@ class DecodeReport:
         figure.savefig(path, dpi=150)
 
 
+def _table(rows: Iterable[DecodeRow]) -> str:
+    return table([_line(row) for row in rows], "simple")  # ten columns in 80: no rules
+
+
 def _line(row: DecodeRow) -> dict[str, str]:
     return {
         "method": row.method,
         "first s": "" if row.first_token_s is None else number(row.first_token_s),
         "ms": number(row.token_ms),
         "±": number((row.token_max_ms - row.token_min_ms) / 2, 2),
+        "tok/s": number(row.tokens_per_s),
         "x": f"{row.speedup:.2f}",
         "attn": "" if row.attention_ms is None else number(row.attention_ms),
         "MiB": number(row.cache_mib),

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_model import save_tiny_model
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -59,10 +60,14 @@ def test_example(code, compiled, tmp_path):
     assert len(run.stdout) > 100
 
 
-@pytest.mark.parametrize("path", NEED_A_MODEL, ids=lambda path: path.stem)
-def test_example_that_needs_a_model_says_so(path):
-    run = subprocess.run([sys.executable, path], capture_output=True, text=True)
-    assert run.returncode == 2 and "required: --model" in run.stderr
+def test_example_generate(tmp_path):
+    save_tiny_model(tmp_path)
+    command = [ROOT / "examples" / "generate.py", "--model", tmp_path, "--tokens", "200"]
+    run = subprocess.run(
+        [sys.executable, *command, "--answer", "5"], capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "dense" in run.stdout and "DGA" in run.stdout and "each token" in run.stdout
 
 
 def test_the_readme_names_both_commands():

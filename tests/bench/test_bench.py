@@ -15,7 +15,8 @@ from flexdga_bench.baselines import DGA, MATH_LIMIT, Bound, Method, methods
 from flexdga_bench.cli import COMMANDS, main
 from flexdga_bench.errors import UsageError
 from flexdga_bench.session import Row, Session
-from flexdga_bench.workloads import QKV, Shape, default_text, random_qkv
+from flexdga_bench.workloads import QKV, Shape, random_qkv
+from tiny_model import save_tiny_model
 from torch import Tensor
 
 from flexdga import DGAConfig
@@ -233,22 +234,3 @@ def test_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert main([*argv, *extra]) == 2
         assert said in capsys.readouterr().err
-
-
-def save_tiny_model(path: Path) -> None:
-    """A Llama of three layers with random weights, and a tokenizer of whole words."""
-    transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = dict.fromkeys(default_text().split()[:2000])
-    vocabulary = {word: index for index, word in enumerate(["<unk>", *words])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
-    tokenizer.save_pretrained(path)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=256, intermediate_size=64, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(path)

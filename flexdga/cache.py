@@ -143,8 +143,8 @@ class DGALayer(CacheLayerMixin):  # type: ignore[misc]
         if self.waiting is not None:
             raise RuntimeError(
                 "DGACache: the last keys and values were never attended to. The model must run "
-                "with flexdga's attention (flexdga.wrap(model), or attn_implementation='flexdga'), "
-                "or dga_decode follow each update"
+                "with flexdga's attention (flexdga.wrap(model), or attn_implementation='flexdga') "
+                "over the very keys that update returned, or dga_decode follow each update"
             )
 
 
@@ -177,7 +177,7 @@ class DGACache(Cache):  # type: ignore[misc]
 
     Raises:
         TypeError: `config` is no DGAConfig.
-        ValueError: the model keeps states that are neither full nor sliding-window attention.
+        ValueError: the model caches latents, not keys and values (DeepSeek).
     """
 
     def __init__(
@@ -197,6 +197,12 @@ class DGACache(Cache):  # type: ignore[misc]
             return DGALayer(DENSE if chosen is None else chosen, max_length)
 
         made: list[Any] = []
+        if getattr(model_config, "kv_lora_rank", None) is not None:
+            raise ValueError(
+                f"model_config: {type(model_config).__name__} has latent attention, which caches "
+                f"something else than keys and values; expected a model without kv_lora_rank, or "
+                f"the model's own cache (prompts go through DGA also then)"
+            )
         if model_config is not None:
             made = list(DynamicCache(config=model_config).layers)
             made = [

@@ -29,6 +29,11 @@ from score_mods import ScoreMod
 NAME = "flexdga"
 SAMPLE = 64
 """Queries at which a mask that is not known by name is compared with what documents give."""
+SKIPS = {
+    causal_mask_function: "allow_is_causal_skip",
+    bidirectional_mask_function: "allow_is_bidirectional_skip",
+}
+"""What says that the caller, who may add to it, wants the whole mask even where it is plain."""
 ODD_MASK = (
     "flexdga: a mask that is neither causal, nor within documents, nor padding; the layers that "
     "use it run exact dense attention"
@@ -231,14 +236,15 @@ def mask(
         )  # fmt: skip
         return made
 
-    if local_size is not None or q_length != kv_length:
+    skip = SKIPS.get(mask_function, "")
+    if local_size is not None or q_length != kv_length or not kwargs.get(skip, True):
         return exact()
     real = None
     if attention_mask is not None:
         real = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
         if not torch.compiler.is_compiling() and real.all():
             real = None
-    if mask_function in (causal_mask_function, bidirectional_mask_function):
+    if skip:
         return None if real is None else real.int() - 1
     ids = None
     if not kwargs.get("use_vmap", False) and not kv_offset:

@@ -47,10 +47,11 @@ class HuggingFaceWrapping:
         self.before = [(c, c._attn_implementation_internal) for c in _configs(model)]
         model.set_attn_implementation(NAME)
         for (_, module), row, own in zip(self.modules, self.rows, chosen):
-            module._flexdga = Settings(own or DENSE, row)  # type: ignore[assignment]
+            settings = Settings(own if own and row.wrapped else DENSE, row)
+            module._flexdga = settings  # type: ignore[assignment]
         self.hook = model.register_forward_hook(self._check)
         self.generate = model.__dict__.get("generate")
-        if model.can_generate():
+        if model.can_generate() and not any(_is_latent(module) for _, module in self.modules):
             # Modules are numbered as in the report, a cache's layers by their own numbers. The
             # rule itself may be a lambda, which would keep the model from being pickled.
             by_layer = {
@@ -68,8 +69,8 @@ class HuggingFaceWrapping:
         """Restore the model exactly."""
         for config, implementation in self.before:
             config._attn_implementation_internal = implementation
-        for _, module in self.modules:
-            del module._flexdga
+        for module in self.model.modules():  # also those that are no layers of the report
+            module.__dict__.pop("_flexdga", None)
         self.hook.remove()
         self.model.__dict__.pop("generate", None)
         if self.generate is not None:
@@ -106,9 +107,20 @@ def _row(name: str, module: nn.Module, config: DGAConfig | None) -> LayerReport:
     window = _sliding_window(module)
     if window is not None:
         return LayerReport(name, False, f"sliding window of {window}, left as it is")
+    if getattr(module, "is_cross_attention", False) or "CrossAttention" in type(module).__name__:
+        return LayerReport(name, False, "cross-attention, left as it is")
     if config is None:
         return LayerReport(name, False, "left dense by `layers`")
+    if config.scope == "causal" and not module.is_causal:
+        return LayerReport(name, False, "both directions, and scope='causal'")
+    if _is_latent(module):
+        return LayerReport(name, True, "causal; decoding stays dense, its cache keeps latents")
     return LayerReport(name, True, "causal" if module.is_causal else "both directions")
+
+
+def _is_latent(module: nn.Module) -> bool:
+    """Whether keys are expanded after they were cached (DeepSeek's latent attention)."""
+    return hasattr(module, "kv_lora_rank")
 
 
 def _sliding_window(module: nn.Module) -> int | None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import small
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
 import flexdga.attention
 from flexdga import DGACache, DGAConfig, applied, report
@@ -42,6 +42,7 @@ PADDED = {
     "beams, all returned": {"do_sample": False, "num_beams": 3, "num_return_sequences": 3},
     "samples": {"do_sample": True, "num_return_sequences": 3},
     "no cache": {"do_sample": False, "use_cache": False, "max_new_tokens": 4},
+    "prompt in chunks": {"do_sample": False, "prefill_chunk_size": 16},
     "dynamic by name": {"do_sample": False, "cache_implementation": "dynamic"},
 }
 
@@ -52,6 +53,34 @@ def test_left_padded(llama, how):
     settings = {"max_new_tokens": NEW} | PADDED[how]
     got, want = both(llama, lambda: llama.generate(ids, attention_mask=mask, **settings))
     assert torch.equal(got, want)
+
+
+def test_other_ways_to_say_it(llama):
+    ids, mask = models.padded([50, 33], "left")
+    embeds = llama.get_input_embeddings()(ids)
+    config = GenerationConfig(max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+    for work in (
+        lambda: llama.generate(ids[:1], config),
+        lambda: llama.generate(ids[:1, :3], generation_config=config),
+        lambda: llama.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config),
+    ):
+        got, want = both(llama, work)
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scope": "causal", "group_bias": "mass", "grouping": "similarity"},
+        {"group_weights": "importance", "window": 0, "sinks": 0, "align": False},
+    ],
+)
+def test_other_configs(llama, changes):
+    ids, mask = models.padded([70, 45], "left")
+    settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": NEW}
+    want = llama.generate(ids, **settings)
+    with applied(llama, exact(**changes)):
+        assert torch.equal(llama.generate(ids, **settings), want)
 
 
 def repeating() -> Tensor:

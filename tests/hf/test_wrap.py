@@ -13,6 +13,7 @@ import torch
 import transformers
 from helpers import small
 from torch import nn
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
 from flexdga import DGACache, DGAConfig, applied, report, unwrap, wrap
 from flexdga import huggingface as implementation
@@ -170,6 +171,37 @@ def test_nothing_but_sliding_windows():
     assert state(model) == before
 
 
+def test_latent_attention():
+    """DeepSeek caches latents: a prompt goes through DGA, decoding stays the model's own."""
+    torch.manual_seed(1)
+    settings = models.COMMON | {
+        "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16, "v_head_dim": 16, "first_k_dense_replace": 2,
+    }  # fmt: skip
+    model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**settings)).eval()
+    model.generation_config.eos_token_id = None
+    ids, mask = models.padded([70, 50], "left")
+    settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 20}
+    want = model.generate(ids, **settings)
+    with applied(model, exact()):
+        assert torch.equal(model.generate(ids, **settings), want)
+        assert numbers(model, "replaced") == [1, 1] and numbers(model, "passed") == [19, 19]
+        assert all("latents" in row.why for row in report(model).rows)
+    with pytest.raises(ValueError, match="DeepseekV3Config has latent attention"):
+        DGACache(model_config=model.config)
+
+
+def test_cross_attention_stays():
+    model = models.make("gpt2", add_cross_attention=True)
+    ids, states = models.tokens(1, 100), torch.randn(1, 100, models.HIDDEN)
+    want = model(ids, encoder_hidden_states=states).logits
+    wrap(model, exact())
+    assert (model(ids, encoder_hidden_states=states).logits - want).abs().max() < 1e-4
+    assert numbers(model, "wrapped") == [True, False] * 2
+    assert numbers(model, "passed") == [0, 1] * 2
+    assert "cross-attention" in report(model).rows[1].why
+
+
 def test_layers_of_a_wrong_type(llama):
     with pytest.raises(TypeError, match="layers: expected DGAConfig or None for layer 0, got 16"):
         wrap(llama, layers=lambda index: 16)
@@ -185,11 +217,17 @@ def test_dropout(ids):
         model(ids)
 
 
-def test_causal_scope_of_an_encoder(ids):
-    model = models.make("bert")
-    wrap(model, small(scope="causal"))
-    with pytest.raises(ValueError, match="scope"):
-        model(ids)
+def test_causal_scope_of_an_encoder():
+    with pytest.raises(ValueError, match="BertModel: both directions, and scope='causal'"):
+        wrap(models.make("bert"), small(scope="causal"))
+
+
+def test_a_decoder_as_an_encoder(llama, ids):
+    want = llama(ids, is_causal=False, use_cache=False).logits
+    with applied(llama, exact()):
+        got = llama(ids, is_causal=False, use_cache=False).logits
+        assert numbers(llama, "replaced") == [1, 1]
+    assert (got - want).abs().max() < 1e-4
 
 
 # Masks
@@ -226,6 +264,17 @@ def test_softcaps_with_masks_over_pairs_of_tokens(ids):
         for mask in (near, added):
             got = model(ids, attention_mask=mask).logits
             assert (got - want).abs().max() < 1e-4
+
+
+def test_a_mask_that_must_not_be_skipped(llama, ids):
+    """Models ask for it that add to it what flexdga does not know of."""
+    llama.set_attn_implementation("flexdga")
+    arguments = (llama.config, llama.get_input_embeddings()(ids), None, None)
+    assert create_causal_mask(*arguments) is None
+    made = create_causal_mask(*arguments, allow_is_causal_skip=False)
+    assert torch.equal(made[0, 0], torch.ones(130, 130, dtype=torch.bool).tril())
+    made = create_bidirectional_mask(*arguments[:3], allow_is_bidirectional_skip=False)
+    assert made.shape == (2, 1, 130, 130) and made.all()
 
 
 # By name

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ LEGEND = {
     "from the fastest to the slowest. x: times faster than DynamicCache.",
     "attn": "ms of attention alone, all layers of one token over the same caches (dense: "
     "SDPA in which query heads share their KV head's keys).",
-    "MiB": "keys, values and what else the cache keeps; share of DynamicCache's.",
+    "MiB (share)": "keys, values and what else the cache keeps; share of DynamicCache's.",
     "keys": "that a query sees: tokens, or slots and raw tokens.",
 }
 
@@ -53,7 +52,7 @@ class DecodeReport:
         """Header, tables and legend."""
         parts = ["\n".join(wrap(f"{key}: {spell(value)}") for key, value in self.header.items())]
         for length, rows in groupby(self.rows, key=lambda row: row.length):
-            parts.append(f"{length} tokens of context\n{_table(rows)}")
+            parts.append(f"{length} tokens of context\n{table([_line(row) for row in rows])}")
         parts.append("\n".join(wrap(f"{key}: {text}") for key, text in LEGEND.items()))
         return "\n\n".join(parts)
 
@@ -92,20 +91,14 @@ class DecodeReport:
         figure.savefig(path, dpi=150)
 
 
-def _table(rows: Iterable[DecodeRow]) -> str:
-    return table([_line(row) for row in rows], "simple")  # ten columns in 80: no rules
-
-
 def _line(row: DecodeRow) -> dict[str, str]:
     return {
         "method": row.method,
         "first s": "" if row.first_token_s is None else number(row.first_token_s),
-        "ms": number(row.token_ms),
-        "±": number((row.token_max_ms - row.token_min_ms) / 2, 2),
+        "ms": f"{number(row.token_ms)} ± {number((row.token_max_ms - row.token_min_ms) / 2, 2)}",
         "tok/s": number(row.tokens_per_s),
         "x": f"{row.speedup:.2f}",
         "attn": "" if row.attention_ms is None else number(row.attention_ms),
-        "MiB": number(row.cache_mib),
-        "share": f"{row.of_dense:.3f}",
+        "MiB (share)": f"{number(row.cache_mib)} ({row.of_dense:.2f})",
         "keys": str(row.keys),
     }

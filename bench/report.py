@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any, TextIO
 
-from tabulate import tabulate
+import tabulate
 
 from .session import Compiled, LayerRow, Row
 
@@ -142,10 +142,13 @@ def _compile_table(compiled: Sequence[Compiled]) -> str:
     return f"Compilation (no other first call compiled anything)\n{table(lines)}"
 
 
-def table(lines: Sequence[dict[str, str]], style: str = "github") -> str:
-    """Rows as a table; the first column is text, the others figures."""
+def table(lines: Sequence[dict[str, str]]) -> str:
+    """Rows as a github-style table; the first column is text, the others figures."""
     align = ["left", *["right"] * (len(lines[0]) - 1)]
-    return tabulate(lines, headers="keys", tablefmt=style, colalign=align, disable_numparse=True)
+    tabulate.MIN_PADDING = 0  # its headers are two columns wider otherwise: 80 are few
+    return tabulate.tabulate(
+        lines, headers="keys", tablefmt="github", colalign=align, disable_numparse=True
+    )
 
 
 def number(value: float, digits: int = 3) -> str:

@@ -13,7 +13,7 @@ from .report import number, spell, table, wrap
 
 LEGEND = {
     "DynamicCache, StaticCache": "dense attention, transformers' SDPA implementation.",
-    "first s": "time to the first token: the whole prompt and one token.",
+    "1st s": "time to the first token: the whole prompt and one token.",
     "ms": "time from token to token, the whole model; median of the tokens, ± half the distance "
     "from the fastest to the slowest. x: times faster than DynamicCache.",
     "attn": "ms of attention alone, all layers of one token over the same caches (dense: "
@@ -94,7 +94,7 @@ class DecodeReport:
 def _line(row: DecodeRow) -> dict[str, str]:
     return {
         "method": row.method,
-        "first s": "" if row.first_token_s is None else number(row.first_token_s),
+        "1st s": "" if row.first_token_s is None else number(row.first_token_s),
         "ms": f"{number(row.token_ms)} ± {number((row.token_max_ms - row.token_min_ms) / 2, 2)}",
         "tok/s": number(row.tokens_per_s),
         "x": f"{row.speedup:.2f}",

@@ -32,7 +32,7 @@ __all__ = [
     "wrap",
 ]
 
-if "transformers" in sys.modules:
+if sys.modules.get("transformers") is not None:
     import flexdga.huggingface  # noqa: F401  (registers the attention implementation)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
-from score_mods import ScoreMod, needs_null_slot
+from score_mods import ScoreMod, is_elementwise, needs_null_slot
 
 
 def attend_all(
@@ -62,6 +62,10 @@ def attend_all(
 
 def _modify(score: Tensor, score_mod: ScoreMod, query_position: Tensor, place: Tensor) -> Tensor:
     """The score mod over (B, H, Q, S) scores: it is written for one score, as FlexAttention's."""
+    b, h, s = (torch.arange(score.shape[i], device=score.device) for i in (0, 1, 3))
+    if is_elementwise(score_mod):
+        at = (b[:, None, None, None], h[:, None, None], query_position[:, None])
+        return score_mod(score, *at, place[:, :, None])
 
     def one(x: Tensor, b: Tensor, h: Tensor, q: Tensor, s: Tensor) -> Tensor:
         return score_mod(x, b, h, q, place[b, h, s])
@@ -72,7 +76,5 @@ def _modify(score: Tensor, score_mod: ScoreMod, query_position: Tensor, place: T
         (0, None, 0, None, None), (0, 0, None, None, None),
     ):  # fmt: skip
         every = torch.vmap(every, in_dims=dims)
-    index = [torch.arange(n, device=score.device) for n in (score.shape[0], score.shape[1])]
-    slots = torch.arange(score.shape[3], device=score.device)
     with TransformGetItemToIndex():
-        return every(score, *index, query_position, slots)
+        return every(score, b, h, query_position, s)

@@ -119,7 +119,7 @@ def unit_importance(
     weight_BGNPW = _attention_weights(score_BGRNPW, seen_BNPW[:, None, None]).mean(2)
     # No probe is a whole window away from the last tokens of a unit: half a window has to do.
     beyond_BNPW = seen_BNPW & (gap_PW >= config.window // 2)
-    v = value.view(batch, kv_heads, units, unit, head_dim)
+    v = value.view(batch, kv_heads, units, unit, -1)
     mine = (..., slice(unit))  # of the band, the unit itself
     return _reduce(
         weight_BGNPW[mine], seen_BNPW[:, None][mine], beyond_BNPW[:, None][mine], v, config

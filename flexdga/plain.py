@@ -7,7 +7,6 @@ sequence go to `dga_attention`; the others are passed on, and the report says wh
 from __future__ import annotations
 
 import itertools
-import math
 import types
 import weakref
 from collections.abc import Callable
@@ -22,13 +21,12 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from flexdga.attention import dga_attention
 from flexdga.checks import DTYPES
 from flexdga.config import DGAConfig
-from flexdga.report import LayerReport
+from flexdga.masks import Mask, read_mask
+from flexdga.report import LayerReport, about_slots
 
 Layers = Callable[[int], DGAConfig | None]
 
 DECODE = "decode step"
-MASK_ELEMENTS = 1 << 24
-"""Masks are read in blocks of at most so many elements: the temporaries stay small."""
 
 
 def wrap_plain(
@@ -208,7 +206,7 @@ class _Interceptor(TorchFunctionMode):
         self.wrapping = wrapping
         # Its length is the number of the call: compilers may make a symbol of an int, not of this.
         self.calls: list[tuple[bool, str]] = []
-        self.mask_read: tuple[Tensor, tuple[int, ...], _Mask | str] | None = None
+        self.mask_read: tuple[Tensor, tuple[int, ...], Mask | str] | None = None
 
     def __torch_function__(
         self,
@@ -264,7 +262,7 @@ class _Interceptor(TorchFunctionMode):
         elif length < job.config.dense_below:
             self.note(True, "shorter than dense_below", length, length)
         else:
-            self.note(True, job.why, length, _about(job.config, length))
+            self.note(True, job.why, length, about_slots(job.config, length))
         return out.squeeze(1) if flat else out
 
     def job(
@@ -294,7 +292,7 @@ class _Interceptor(TorchFunctionMode):
         if mask is None and is_causal:
             return _Job(config, True, None, "causal")
         if mask is None:
-            read: _Mask | str = _Mask(False, None)
+            read: Mask | str = Mask(False, None)
             if length != keys:
                 read = "fewer queries than keys"
         elif is_causal:
@@ -318,13 +316,13 @@ class _Interceptor(TorchFunctionMode):
             why = "bidirectional, padding" if padding else "bidirectional"
         return _Job(config, read.is_causal, read.document_ids, why)
 
-    def read(self, mask: Tensor, sizes: tuple[int, int, int, int]) -> _Mask | str:
-        """`_read_mask`, once for the mask that the layers of a model share."""
+    def read(self, mask: Tensor, sizes: tuple[int, int, int, int]) -> Mask | str:
+        """`read_mask`, once for the mask that the layers of a model share."""
         # Inference tensors do not count their versions.
         stamp = (*sizes, -1 if mask.is_inference() else mask._version)
         known = self.mask_read
         if known is None or known[0] is not mask or known[1] != stamp or mask.is_inference():
-            self.mask_read = known = (mask, stamp, _read_mask(mask, *sizes))
+            self.mask_read = known = (mask, stamp, read_mask(mask, *sizes))
         return known[2]
 
     def note(self, replaced: bool, why: str, tokens: int = 0, slots: int = 0) -> None:
@@ -350,72 +348,3 @@ class _Interceptor(TorchFunctionMode):
                 f"flexdga: none of the model's attention could be replaced ({reasons}); expected "
                 "at least one call over a whole sequence, causal, without dropout"
             )
-
-
-def _about(config: DGAConfig, length: int) -> int:
-    """About how many slots the last query sees: the window, the focal tokens and the groups."""
-    focal = config.focal_budget
-    if focal is None:
-        above, below = config.focal_share
-        focal = math.ceil(length * above / below)
-    return min(config.window + focal + math.ceil(length / config.group_size), length)
-
-
-class _Mask(NamedTuple):
-    """What a mask says: who sees whom, and which tokens are padding."""
-
-    is_causal: bool
-    document_ids: Tensor | None
-
-
-def _read_mask(mask: Tensor, batch: int, heads: int, length: int, keys: int) -> _Mask | str:
-    """Causality and padding of a mask for scores of these sizes, or why it has neither.
-
-    A token is padding if it does not see itself; such a row may be empty instead of regular.
-    """
-    if mask.requires_grad:
-        return "mask is learned"
-    if mask.dim() > 4 or not (mask.dtype == torch.bool or mask.is_floating_point()):
-        return "mask of another shape or dtype"
-    mask = mask[(None,) * (4 - mask.dim())]
-    for dim in (0, 1):  # what is only repeated is read once
-        if mask.stride(dim) == 0:
-            mask = mask.narrow(dim, 0, 1)
-    sizes = (batch, heads, length, keys)
-    if any(got not in (1, wanted) for got, wanted in zip(mask.shape, sizes)):
-        return "mask of another shape or dtype"
-    mask = mask.expand(-1, -1, length, keys)
-    real = _visible(mask[:, 0, :, :length].diagonal(dim1=-2, dim2=-1))
-    index = torch.arange(length, device=mask.device)
-    possible = [True, True]  # causal, or without causality
-    step = max(1, MASK_ELEMENTS // (mask.shape[0] * mask.shape[1] * keys))
-    for rows in index.split(step):
-        here = slice(int(rows[0]), int(rows[-1]) + 1)
-        block = mask[:, :, here]
-        if block.shape[1] > 1 and not (block == block[:, :1]).all():
-            return "mask differs between heads"
-        seen = _visible(block[:, 0])
-        if not (seen | _hidden(block[:, 0])).all():
-            return "mask with values other than 0 and -inf"
-        if seen[..., length:].any():
-            return "mask admits keys beyond the queries"
-        seen = seen[..., :length]
-        empty = ~(seen.any(-1) | real[:, here])
-        for i, past in enumerate((index <= rows[:, None], True)):
-            regular = (seen == (real[:, None] & past)).all(-1)
-            possible[i] = possible[i] and bool((regular | empty).all())
-        if not any(possible):
-            return "mask is not causal"
-    if ((real[:, 1:] & ~real[:, :-1]).sum(-1) + real[:, 0] > 1).any():
-        return "padding inside a row"
-    ids = None if real.all() else torch.where(real, 0, -1).expand(batch, -1)
-    return _Mask(possible[0], ids)
-
-
-def _visible(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else mask == 0
-
-
-def _hidden(mask: Tensor) -> Tensor:
-    # The lowest finite number stands for -inf in many models.
-    return ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min

@@ -144,7 +144,7 @@ def _rule(
 
 def _is_transformers(model: nn.Module) -> bool:
     """Whether the model takes attention implementations by name."""
-    if "transformers" not in sys.modules:
+    if sys.modules.get("transformers") is None:
         return False
     from transformers import PreTrainedModel
 

@@ -23,7 +23,7 @@ def softcap(cap: float) -> ScoreMod:
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return cap * torch.tanh(score / cap)
 
-    return score_mod
+    return _elementwise(score_mod)
 
 
 def alibi(slopes: Tensor) -> ScoreMod:
@@ -37,7 +37,7 @@ def alibi(slopes: Tensor) -> ScoreMod:
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return score - slopes[h] * (q_idx - kv_idx).abs()
 
-    return score_mod
+    return _elementwise(score_mod)
 
 
 def relative_bias(table: Tensor) -> ScoreMod:
@@ -55,7 +55,7 @@ def relative_bias(table: Tensor) -> ScoreMod:
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return score + table[h, (q_idx - kv_idx).clamp(-reach, reach) + reach]
 
-    return score_mod
+    return _elementwise(score_mod)
 
 
 def group_mass(entropy: Tensor) -> ScoreMod:
@@ -74,7 +74,7 @@ def group_mass(entropy: Tensor) -> ScoreMod:
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return score + entropy[b, h, kv_idx]
 
-    return score_mod
+    return _elementwise(score_mod)
 
 
 def attention_sinks(logits: Tensor, index: int = -1) -> ScoreMod:
@@ -94,7 +94,7 @@ def attention_sinks(logits: Tensor, index: int = -1) -> ScoreMod:
         return torch.where(kv_idx == index, logits[h].to(score.dtype), score)
 
     score_mod.needs_null_slot = index < 0  # type: ignore[attr-defined]
-    return score_mod
+    return _elementwise(score_mod)
 
 
 def compose(*mods: ScoreMod) -> ScoreMod:
@@ -109,12 +109,22 @@ def compose(*mods: ScoreMod) -> ScoreMod:
         return score
 
     score_mod.needs_null_slot = any(map(needs_null_slot, mods))  # type: ignore[attr-defined]
-    return score_mod
+    return _elementwise(score_mod) if all(map(is_elementwise, mods)) else score_mod
 
 
 def needs_null_slot(mod: ScoreMod | None) -> bool:
     """Whether `mod` counts on a column at −1 with a key and a value of zeros."""
     return bool(getattr(mod, "needs_null_slot", False))
+
+
+def is_elementwise(mod: ScoreMod) -> bool:
+    """Whether `mod` may be given all scores at once, with indices that broadcast to them."""
+    return bool(getattr(mod, "elementwise", False))
+
+
+def _elementwise(mod: ScoreMod) -> ScoreMod:
+    mod.elementwise = True  # type: ignore[attr-defined]
+    return mod
 
 
 def _check(name: str, tensor: Tensor, dims: int) -> None:

@@ -149,8 +149,9 @@ def test_a_packed_prompt_goes_on_with_its_last_document():
         score_mods.compose(
             score_mods.softcap(3.0), score_mods.attention_sinks(torch.tensor([0.0, 1, 2, 3]))
         ),
+        lambda score, b, h, q, kv: score * 0.5 - (q - kv) * 0.01 * h,
     ],
-    ids=["softcap", "alibi", "relative bias", "softcap and sinks"],
+    ids=["softcap", "alibi", "relative bias", "softcap and sinks", "of one's own"],
 )
 def test_score_mods(mod):
     config = small(scope="causal")

@@ -30,7 +30,7 @@ from .workloads import default_text
 
 LENGTHS = (1024, 4096, 8192, 16384, 32768)
 TOKENS = 16
-DYNAMIC, STATIC, DGA = "DynamicCache", "StaticCache", "DGACache"
+DYNAMIC, STATIC, DGA = "dynamic", "static", "DGA"
 
 
 @dataclasses.dataclass(frozen=True)

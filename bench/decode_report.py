@@ -12,13 +12,14 @@ from typing import Any
 from .report import number, spell, table, wrap
 
 LEGEND = {
-    "DynamicCache, StaticCache": "dense attention, transformers' SDPA implementation.",
+    "dynamic, static": "transformers' DynamicCache and StaticCache, with its SDPA attention. DGA: "
+    "DGACache.",
     "1st s": "time to the first token: the whole prompt and one token.",
     "ms": "time from token to token, the whole model; median of the tokens, ± half the distance "
-    "from the fastest to the slowest. x: times faster than DynamicCache.",
+    "from the fastest to the slowest. x: times faster than dynamic.",
     "attn": "ms of attention alone, all layers of one token over the same caches (dense: "
     "SDPA in which query heads share their KV head's keys).",
-    "MiB (share)": "keys, values and what else the cache keeps; share of DynamicCache's.",
+    "MiB (share)": "keys, values and what else the cache keeps; share of dynamic's.",
     "keys": "that a query sees: tokens, or slots and raw tokens.",
 }
 

@@ -27,10 +27,10 @@ def test_decode(tmp_path, capsys):
     for row in rows:
         assert 0 < row["token_min_ms"] <= row["token_ms"] <= row["token_max_ms"]
         assert row["speedup"] > 0 and row["cache_mib"] > 0
-        assert (row["attention_ms"] is None) == ("Static" in row["method"])
+        assert (row["attention_ms"] is None) == (row["method"] == "static")
     short, long = ({r["method"]: r for r in rows if r["length"] == n} for n in (64, 400))
-    assert short["DGACache"]["keys"] >= 64  # below dense_below all tokens are there
-    assert long["DGACache"]["keys"] < 200 and long["DGACache"]["of_dense"] < 0.7
+    assert short["DGA"]["keys"] >= 64  # below dense_below all tokens are there
+    assert long["DGA"]["keys"] < 200 and long["DGA"]["of_dense"] < 0.7
     assert len(list(csv.DictReader(files["csv"].open()))) == 6
     assert files["png"].read_bytes().startswith(b"\x89PNG")
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from flexdga.attention import dga_attention
-from flexdga.compress import Pooled, pool
+from flexdga.compress import pool
 from flexdga.config import DGAConfig
 from flexdga.exact import attend_all
+from flexdga.handoff import seen_after, slot_columns, slots_after
 from flexdga.indexing import compact, take, take_rows
-from flexdga.plan import NEVER, Plan
+from flexdga.plan import NEVER
 from flexdga.planner import Documents, focal_slots_per_unit, handover, lookahead, plan_units
 from flexdga.storage import Columns, Origins, Saved, SlotBuffer
 from score_mods import ScoreMod
@@ -52,8 +53,8 @@ class LayerCache:
     regroups every m' = 1.1·m tokens; `DGAConfig.paper(unit_size=18)` is that, rounded up: 16
     tokens to group, and γ of 18 to keep. What was pooled stays as it is.
 
-    A prompt is planned as `config.scope` says; what comes after it, in `causal` scope. A text
-    shorter than `config.dense_below` stays raw until it is that long.
+    A prompt is planned as `config.scope` says; what comes after it, in `causal` scope. While a
+    text is shorter than `config.dense_below` it is kept whole besides, and attended to densely.
 
     Args:
         config: the choices.
@@ -66,7 +67,9 @@ class LayerCache:
         self.record_past = False
         changes: dict[str, Any] = {"scope": "causal", "focal_budget": None}
         self._causal = dataclasses.replace(config, **changes, probe_placement="even")
-        self._keeps_queries = config.needs_importance or config.group_weights == "last_query"
+        self._forever_dense = config.dense_below == NEVER
+        reads_queries = config.needs_importance or config.group_weights == "last_query"
+        self._keeps_queries = reads_queries and not self._forever_dense
         unit = config.unit_size
         self._unit_slots = focal_slots_per_unit(self._causal) - (-unit // config.group_size)
         self._steady = max(handover(unit - 1, self._causal), unit + lookahead(self._causal))
@@ -79,19 +82,20 @@ class LayerCache:
         self.done = 0
         """How many of them are pooled; the others are raw."""
         self._buffer: SlotBuffer | None = None
+        self._whole: SlotBuffer | None = None  # all tokens, while they are few
         self._doc_first: Tensor  # (B, 1) int32, where each row's document begins
         self._pooled_at = -1  # the newest query at which something was pooled
         self._history: list[tuple[Saved, int, int]] = []  # before it: the rest, done, _pooled_at
 
     @property
     def num_slots(self) -> int:
-        """Slots that stand for what is pooled."""
-        return 0 if self._buffer is None else self._buffer.num_slots
+        """Slots that queries see; 0 while the text is attended to densely."""
+        return 0 if self._buffer is None else self._seen_now(self.seen).num_slots
 
     @property
     def num_raw(self) -> int:
-        """Tokens that are raw (or padding among them)."""
-        return 0 if self._buffer is None else self._buffer.live
+        """Tokens that queries see raw (or padding among them)."""
+        return 0 if self._buffer is None else self._seen_now(self.seen).live
 
     @property
     def batch_size(self) -> int:
@@ -102,7 +106,8 @@ class LayerCache:
         """Bytes of all that is kept, and of dense keys and values of the same tokens."""
         if self._buffer is None:
             return CacheMemory(0, 0)
-        return CacheMemory(self._buffer.bytes(), self._buffer.bytes_per_token() * self.seen)
+        kept = self._buffer.bytes() + (0 if self._whole is None else self._whole.bytes())
+        return CacheMemory(kept, self._buffer.bytes_per_token() * self.seen)
 
     def attend(
         self,
@@ -164,7 +169,9 @@ class LayerCache:
         if self._buffer is None:
             return
         rows = rows.to(self._doc_first.device)
-        self._buffer.select(rows)
+        for buffer in (self._buffer, self._whole):
+            if buffer is not None:
+                buffer.select(rows)
         self._doc_first = self._doc_first.index_select(0, rows)
         self._history.clear()
 
@@ -181,13 +188,16 @@ class LayerCache:
             saved, self.done, self._pooled_at = self._history.pop()
             self._buffer.restore(saved)
             self.seen = self.done + self._buffer.live
-        if self._pooled_at >= left or left < self.done or left < 1:
+        gone = left < self.config.dense_below and self._whole is None and not self._forever_dense
+        if self._pooled_at >= left or left < self.done or left < 1 or gone:
             raise ValueError(
                 f"remove: tokens up to {max(self._pooled_at, 0)} are pooled for good (set "
                 f"record_past before tokens that may be removed); cannot go back from "
                 f"{self.seen} tokens to {left}"
             )
         self._buffer.forget(self.seen - left)
+        if self._whole is not None:
+            self._whole.forget(self._whole.live - left)
         self.seen = left
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor, ids: Tensor | None) -> None:
@@ -226,16 +236,22 @@ class LayerCache:
         if real is not None:
             begun = self._doc_first < time
             self._doc_first = torch.where(begun, self._doc_first, time + _first_real(real))
-        self._buffer.append(query, key, value, position=time, first=self._doc_first, real=real)
+        # Cropping may take the text below `dense_below` again.
+        if time + 1 >= self.config.dense_below + (HELD if self.record_past else 0):
+            self._whole = None
+        for buffer in (self._buffer, self._whole):
+            if buffer is not None:
+                buffer.append(query, key, value, position=time, first=self._doc_first, real=real)
         self.seen += count
         self._pool_due(time, scale)  # without a raw window a unit goes with its own last token
 
-        seen = self._buffer.visible()
+        now = self._seen_now(time + 1)
+        seen = now.visible()
         bias = seen.bias[:, :, None]
         if count > 1:
             later = torch.ones(count, count, dtype=torch.bool, device=key.device).triu(1)
             bias = bias.expand(-1, -1, count, -1).clone()
-            live = self._buffer.live
+            live = now.live
             raw = min(count, live)  # the first of them may be pooled already
             bias[..., live - raw : live].masked_fill_(later[:, count - raw :], -math.inf)
         if real is not None:  # a query of padding sees all, so that no softmax is empty
@@ -248,6 +264,13 @@ class LayerCache:
             query_position=at, key_position=seen.position,
         )  # fmt: skip
         return out if real is None else out * real[:, None, :, None]
+
+    def _seen_now(self, length: int) -> SlotBuffer:
+        """What the last query of a text of that length attends to."""
+        assert self._buffer is not None
+        if self._whole is not None and length < self.config.dense_below:
+            return self._whole
+        return self._buffer
 
     # The prompt
 
@@ -285,8 +308,8 @@ class LayerCache:
         raw = real[:, None].expand(key.shape[:3])
         slots = None
         if plan is not None:
-            raw = raw & _seen_at(plan, length)[..., :length]
-            slots = self._slots_of(query, key, value, plan, scale)
+            raw = raw & seen_after(plan, length)[..., :length]
+            slots = slots_after(query, key, value, plan, self.config, scale)
             # Heads keep different tokens raw. All get as many columns, and whole units are done.
             behind = length - int(raw.sum(-1).amax())
             self.done = behind // self.config.unit_size * self.config.unit_size
@@ -295,6 +318,7 @@ class LayerCache:
                 self._pooled_at = self._due(self.done - self.config.unit_size)
         self.seen = length
         self._store(query, key, value, raw, slots)
+        self._pool_due(length - 1, scale)
         return out
 
     def _store(
@@ -313,50 +337,38 @@ class LayerCache:
             queries = take_rows(query, token.repeat_interleave(query.shape[1] // key.shape[1], 1))
         origins = Origins(torch.where(here, self._doc_first[:, None], NEVER), queries)
         ahead = max(self.max_length or 0, length)
-        raw_room, slot_room = max(live + ROOM, min(ahead, config.dense_below)), 0
-        if slots is not None:
-            raw_room = self._steady
-        if slots is not None or ahead >= config.dense_below > 0:
-            slot_room = max((ahead - self.done) // config.unit_size * self._unit_slots, ROOM)
-            slot_room += 0 if slots is None else slots.key.shape[2]
+        if self._forever_dense:
+            self._buffer = SlotBuffer(
+                columns, origins, max(live + ROOM, ahead), 0, keep_queries=False
+            )
+            return
+        if slots is None:
+            room = max(live + ROOM, min(ahead, config.dense_below))
+            alone = origins._replace(query=query[:, :, :0])
+            self._whole = SlotBuffer(columns, alone, room, 0, keep_queries=False)
+        slot_room = max((ahead - self.done) // config.unit_size * self._unit_slots, ROOM)
+        slot_room += 0 if slots is None else slots.key.shape[2]
         self._buffer = SlotBuffer(
-            columns, origins, raw_room, slot_room, keep_queries=self._keeps_queries
+            columns, origins, self._steady, slot_room, keep_queries=self._keeps_queries
         )
         if slots is not None:
             self._buffer.add_slots(slots)
-
-    def _slots_of(
-        self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float
-    ) -> Columns:
-        """Focal copies and groups of a prompt, those alone that a query after it sees."""
-        length, config = key.shape[2], self.config
-        alive = _seen_at(plan, length)[..., plan.length :]
-        focal, group = alive.split([plan.focal.shape[-1], plan.members.shape[-2]], -1)
-        pooled = pool(
-            query, key, value,
-            torch.where(focal, plan.focal, -1),
-            torch.where(group[..., None], plan.members, -1),
-            plan.member_score,
-            weights=config.group_weights, mass=config.group_bias == "mass", scale=scale,
-        )  # fmt: skip
-        both = _slot_columns(pooled, plan.position[..., plan.length :], alive)
-        keep = compact(alive, int(alive.sum(-1).amax()))
-        return Columns(
-            take_rows(both.key, keep),
-            take_rows(both.value, keep),
-            take(both.bias, keep).masked_fill(keep < 0, -math.inf),
-            take(both.position, keep),
-        )
 
     # Pooling
 
     def _due(self, done: int) -> int:
         """The first query that sees slots in place of the unit that begins at `done`."""
-        due = handover(done + self.config.unit_size - 1, self._causal)
-        return max(due, self.config.dense_below - 1)
+        return handover(done + self.config.unit_size - 1, self._causal)
 
     def _next_due(self) -> int:
-        """The first query after the next one at which some unit is handed over."""
+        """The first query after the next one that sees otherwise than the one before it."""
+        if self._forever_dense:
+            return NEVER
+        if self._whole is not None and self.seen < self.config.dense_below - 1:
+            return min(self._next_handover(), self.config.dense_below - 1)
+        return self._next_handover()
+
+    def _next_handover(self) -> int:
         done = self.done
         while self._due(done) <= self.seen:
             done += self.config.unit_size
@@ -364,6 +376,8 @@ class LayerCache:
 
     def _pool_due(self, time: int, scale: float) -> None:
         """Pool the units that query `time` sees as slots, if all that decides on them is here."""
+        if self._forever_dense:
+            return
         unit, ahead, end = self.config.unit_size, lookahead(self._causal), self.done
         while self._due(end) <= time and end + unit + ahead <= self.seen:
             end += unit
@@ -375,7 +389,7 @@ class LayerCache:
             self._history = [*self._history, past][-HISTORY:]
         slots = self._plan_and_pool((end - self.done) // unit, scale)
         self._buffer.pool(end - self.done, slots, self._steady)
-        self.done, self._pooled_at = end, time
+        self.done, self._pooled_at = end, self._due(end - unit)
 
     def _plan_and_pool(self, units: int, scale: float) -> Columns:
         """Slots of the oldest units among the raw tokens.
@@ -412,21 +426,8 @@ class LayerCache:
         size = here.sum(-1)
         middle = torch.where(here, take(place, members), 0).sum(-1) // size.clamp(min=1)
         position = torch.cat([take(place, focal), middle.int()], -1)
-        made = _slot_columns(pooled, position, torch.cat([focal >= 0, size > 0], -1))
+        made = slot_columns(pooled, position, torch.cat([focal >= 0, size > 0], -1))
         return Columns(*(t.view(batch, kv_heads, *t.shape[2:]) for t in made))
-
-
-def _slot_columns(pooled: Pooled, position: Tensor, alive: Tensor) -> Columns:
-    """Focal copies, then groups; those that stand for nothing are hidden."""
-    bias = torch.zeros_like(alive, dtype=pooled.group_key.dtype)
-    if pooled.entropy is not None:
-        bias[..., -pooled.entropy.shape[-1] :] = pooled.entropy.to(bias)
-    return Columns(
-        torch.cat([pooled.focal_key, pooled.group_key], 2),
-        torch.cat([pooled.focal_value, pooled.group_value], 2),
-        bias.masked_fill(~alive, -math.inf),
-        position.masked_fill(~alive, -1),
-    )
 
 
 def _first_real(real: Tensor) -> Tensor:
@@ -434,8 +435,3 @@ def _first_real(real: Tensor) -> Tensor:
     none = ~real.any(-1, keepdim=True)
     first = real.int().argmax(-1, keepdim=True).masked_fill(none, real.shape[1])
     return first.to(torch.int32)
-
-
-def _seen_at(plan: Plan, length: int) -> Tensor:
-    """(B, Hkv, S) bool: the slots that the last of `length` queries sees."""
-    return (plan.start < length) & (plan.end >= length)

@@ -173,6 +173,29 @@ def test_a_short_text_stays_dense_until_it_is_long():
     assert relative_error(got[:, :, 199:], long[:, :, 199:]) < TOLERANCE[torch.float32]
 
 
+def test_while_it_is_dense_little_more_is_kept_than_the_text():
+    inputs = qkv(1, 4, 2, 2000)
+    cache = LayerCache(DGAConfig(dense_below=4000, probes=8))
+    cache.attend(*inputs)
+    assert cache.num_slots == 0 and cache.num_raw == 2000
+    assert 1 < cache.memory().ratio < 1 + 1 / 8 + (256 * 2 + 3 * 64) / 2000
+
+
+def test_cropping_may_make_a_long_text_short_again():
+    config = small(dense_below=150, scope="causal")
+    inputs, wrong = qkv(1, 4, 2, 200), qkv(1, 4, 2, 30)
+    cache, plain = LayerCache(config), LayerCache(config)
+    cache.record_past = True
+    out = [cache.attend(*(t[:, :, :140] for t in inputs))]
+    cache.attend(*wrong)
+    assert cache.num_slots > 0
+    cache.crop(30)
+    assert cache.num_slots == 0
+    out.append(decode(cache, [t[:, :, 140:] for t in inputs], 1))
+    want = decode(plain, inputs, 140)
+    assert relative_error(torch.cat(out, 2), want) < TOLERANCE[torch.float32]
+
+
 def test_cropping_takes_tokens_back():
     config = small(scope="causal")
     inputs = qkv(1, 4, 2, 300)

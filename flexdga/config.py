@@ -61,12 +61,14 @@ class DGAConfig:
             output depends on a later token.
         open_units: raw units opened per query block. Only 0 is available in this release.
         unit_size: tokens in a unit, the stretch in which `similarity` groups and `causal` scope
-            decide. With `similarity` it is `group_size` times a power of two.
+            decide, and which a `DGACache` pools at a time: the paper's m' when decoding, 1.1·m,
+            which is 18 for m = 16. With `similarity` it is `group_size` times a power of two.
         align: round the end of a token's raw life up to a multiple of the query block, so that
             few blocks are partial. Off in `paper()` and `cca()`, which are exact to the letter.
         block_size: (query, key) tile of the kernel.
-        dense_below: prompts shorter than this take exact dense attention; 0 = never. The default
-            is where SDPA stops being faster on a CPU with AVX-512 (flexdga-bench shows it).
+        dense_below: prompts shorter than this take exact dense attention, and so does decoding
+            while the text is shorter; 0 = never. The default is where SDPA stops being faster on
+            a CPU with AVX-512 (flexdga-bench shows it).
 
     Raises:
         ValueError: a field is out of its range, or two fields contradict each other.

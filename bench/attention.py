@@ -22,7 +22,7 @@ from .workloads import QKV, ModelSource, Shape, default_text, random_qkv
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 MODEL_LENGTH = 4096
-BUDGET, LAYER_BUDGET = 2.5, 1.0
+BUDGET, LAYER_BUDGET = 1.5, 1.0
 """Seconds of timed calls for each length, and for each layer of a model."""
 
 

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 Call = Callable[[], object]
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 20
-SLOW_SECONDS = 2.0
+SLOW_SECONDS = 1.0
 """A baseline whose first call takes longer, and compiles nothing, is not called again."""
 
 PEAK_SOURCE = {

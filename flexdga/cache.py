@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from flexdga.config import DGAConfig
+from flexdga.config import DGAConfig, LayerRule
 from flexdga.decode import CacheMemory, LayerCache
+from flexdga.plan import NEVER
 from score_mods import ScoreMod
 
 if TYPE_CHECKING:
@@ -20,10 +20,7 @@ try:
 except ImportError:  # by itself the cache needs nothing of transformers
     Cache = CacheLayerMixin = object
 
-LayerRule = Callable[[int], DGAConfig | None]
-"""The configuration of each layer by its number; None leaves a layer dense."""
-
-DENSE = DGAConfig(dense_below=2**31 - 1)
+DENSE = DGAConfig(dense_below=NEVER)
 """A layer left dense: no text is long enough for it."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
@@ -227,6 +228,10 @@ class DGAConfig:
         else:
             per_step = math.ceil(self.step * (share if self.focal_budget is None else 1))
         derive("focal_per_step", per_step)
+
+
+LayerRule = Callable[[int], DGAConfig | None]
+"""The configuration of each layer by its number; None leaves a layer dense."""
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

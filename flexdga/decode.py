@@ -413,11 +413,12 @@ class LayerCache:
             torch.where(dead, 0, NEVER),
             packed=False,
         )
-        focal, members, score = plan_units(query, key, value, docs, config=config, scale=scale)
+        focal, members, member_score = plan_units(
+            query, key, value, docs, config=config, scale=scale
+        )
         focal, members = focal[:, :, :units].flatten(2), members[:, :, :units].flatten(2, 3)
-        member_score = None
-        if config.group_weights == "importance":
-            member_score = torch.where(members >= 0, take(score, members), 0.0)
+        if member_score is not None:
+            member_score = member_score[:, :, :units].flatten(2, 3)
         pooled = pool(
             query, key, value, focal, members, member_score,
             weights=config.group_weights, mass=config.group_bias == "mass", scale=scale,

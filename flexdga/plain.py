@@ -20,11 +20,9 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from flexdga.attention import dga_attention
 from flexdga.checks import DTYPES
-from flexdga.config import DGAConfig
+from flexdga.config import DGAConfig, LayerRule
 from flexdga.masks import Mask, read_mask
 from flexdga.report import LayerReport, about_slots
-
-Layers = Callable[[int], DGAConfig | None]
 
 DECODE = "decode step"
 
@@ -32,7 +30,7 @@ DECODE = "decode step"
 def wrap_plain(
     model: nn.Module,
     config: DGAConfig,
-    layers: Layers | None = None,
+    layers: LayerRule | None = None,
     *,
     bidirectional: bool = False,
 ) -> PlainWrapping:
@@ -100,7 +98,7 @@ class PlainWrapping:
     _numbers = itertools.count()
 
     def __init__(
-        self, model: nn.Module, config: DGAConfig, layers: Layers | None, bidirectional: bool
+        self, model: nn.Module, config: DGAConfig, layers: LayerRule | None, bidirectional: bool
     ) -> None:
         self.rows: list[LayerReport] = []
         self.config, self.layers, self.bidirectional = config, layers, bidirectional

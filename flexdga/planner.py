@@ -97,15 +97,13 @@ def plan_attention(
     same = take(first, members) == take(first, last)[..., None]
     members = torch.where((members >= 0) & same, members, -1)
 
-    member_score = None
-    if config.group_weights == "importance":
-        member_score = torch.where(members >= 0, take(score, members), 0.0)
+    member_score = _member_score(score, members, config)
     return _intervals(focal, members, member_score, first, after, config, is_causal)
 
 
 def plan_units(
     query: Tensor, key: Tensor, value: Tensor, docs: Documents, *, config: DGAConfig, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """What `causal` scope decides for each unit, alone: the cache asks unit by unit.
 
     Args:
@@ -118,15 +116,16 @@ def plan_units(
 
     Returns:
         For N units: (B, Hkv, N, `focal_slots_per_unit`) int32 focal tokens and (B, Hkv, N, G, m)
-        int32 members of groups, -1 for none, and (B, Hkv, L) importance. What a unit's row says
-        holds if all tokens up to its handover are here.
+        int32 members of groups, -1 for none, and their importance if the weights need it. What a
+        unit's row says holds if all tokens up to its handover are here.
     """
     chosen, score = _focal_by_unit(query, key, value, docs, config, scale)
     members = _group_by_unit(chosen, key, value, docs, config)
     focal = compact(_units(chosen, config), focal_slots_per_unit(config))
     base = torch.arange(focal.shape[2], dtype=torch.int32, device=focal.device) * config.unit_size
     focal = torch.where(focal >= 0, focal + base[:, None], -1)
-    return focal, members.unflatten(2, (focal.shape[2], -1)), score
+    members = members.unflatten(2, (focal.shape[2], -1))
+    return focal, members, _member_score(score, members, config)
 
 
 def focal_slots_per_unit(config: DGAConfig) -> int:
@@ -204,6 +203,13 @@ def _group_by_unit(
 ) -> Tensor:
     free = _units(~chosen, config) & _in_last_document(docs, config)[:, None]
     return group_units(free, key, value, config)
+
+
+def _member_score(score: Tensor, members: Tensor, config: DGAConfig) -> Tensor | None:
+    """Importance of the members of groups, where the weights need it."""
+    if config.group_weights != "importance":
+        return None
+    return torch.where(members >= 0, take(score, members), 0.0)
 
 
 def _focal_capacity(steps: int, config: DGAConfig) -> int:

@@ -10,12 +10,11 @@ from typing import NamedTuple, TypeVar
 
 from torch import nn
 
-from flexdga.config import DGAConfig
+from flexdga.config import DGAConfig, LayerRule
 from flexdga.plain import unwrap_plain, wrap_plain
 from flexdga.report import LayerReport, Report
 
 Model = TypeVar("Model", bound=nn.Module)
-LayerRule = Callable[[int], DGAConfig | None]
 _ATTRIBUTE = "_flexdga_wrapping"
 
 

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from flexdga.cache import DENSE, DGACache, LayerRule
-from flexdga.config import DGAConfig
+from flexdga.cache import DENSE, DGACache
+from flexdga.config import DGAConfig, LayerRule
 from flexdga.huggingface import NAME, Settings
 from flexdga.report import LayerReport
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, Literal, overload
@@ -13,8 +14,9 @@ from torch import Tensor
 from flexdga.checks import check_inputs, check_plan
 from flexdga.config import DGAConfig, as_constant
 from flexdga.kernel import attend
-from flexdga.plan import NEVER, Plan
-from flexdga.planner import Documents, dense_plan, documents, plan_attention
+from flexdga.opening import open_table, openings
+from flexdga.plan import NEVER, Documents, Plan
+from flexdga.planner import dense_plan, documents, plan_attention
 from score_mods import ScoreMod
 
 RECOMPILE_LIMIT = 64
@@ -98,7 +100,7 @@ def dga_attention(
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     batch, _, length, _ = query.shape
     docs = documents(document_ids, lengths, (batch, length), query.device)
-    dense = plan is None and length < config.dense_below
+    dense = plan is None and (length < config.dense_below or config.prefill == "dense")
     if dense and score_mod is None and not return_plan:
         alone = document_ids is None and lengths is None
         return _dense(query, key, value, None if alone else docs, is_causal, scale)
@@ -178,10 +180,14 @@ def _plan(
     scale: float,
 ) -> Plan:
     with torch.no_grad():  # which tokens are chosen is discrete
-        return _run(
+        plan: Plan = _run(
             plan_attention, query, key, value, docs,
             config=config, is_causal=is_causal, scale=scale,
         )  # fmt: skip
+        if not config.opens:
+            return plan
+        table = open_table(query, key, docs, config=config, scale=scale, run=_run)
+        return dataclasses.replace(plan, open=table)
 
 
 _compile: Any = torch.compile  # its annotations lag behind its arguments
@@ -193,7 +199,7 @@ _compiled: dict[Callable[..., Any], Callable[..., Any]] = {
         isolate_recompiles=True,
         recompile_limit=RECOMPILE_LIMIT,
     )
-    for function in (plan_attention, attend)
+    for function in (plan_attention, openings, attend)
 }
 
 
@@ -250,7 +256,7 @@ def _mark_dynamic(tensor: Tensor) -> Tensor:
     The mark stays on the view, so that the caller's own compilations do not see it.
     """
     view = tensor.view_as(tensor)
-    for dim in (0, 1) if tensor.dim() == 2 else (0, 2):
+    for dim in {1: (0,), 2: (0, 1)}.get(tensor.dim(), (0, 2)):
         if tensor.shape[dim] > 1:
             torch._dynamo.maybe_mark_dynamic(view, dim)
     return view

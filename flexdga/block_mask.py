@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,16 +12,19 @@ from torch.nn.attention.flex_attention import BlockMask
 from flexdga.indexing import compact, heads_per_kv_head
 from flexdga.plan import NEVER, Plan
 
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
 
 def visible_blocks(plan: Plan, block_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Which key blocks the query blocks touch, and which of them they see whole.
 
     Args:
-        plan: the intervals.
+        plan: the intervals, and what is open.
         block_size: (query, key) tile.
 
     Returns:
-        Two (B, Hkv, query blocks, key blocks) bool: touched in part, seen whole. Exclusive.
+        Two (B, Hkv, query blocks, key blocks) bool, or (B, H, ...) with openings: touched in
+        part, seen whole. Exclusive.
     """
     query_block, key_block = block_size
     pad = (0, -plan.num_slots % key_block)
@@ -32,7 +37,39 @@ def visible_blocks(plan: Plan, block_size: tuple[int, int]) -> tuple[Tensor, Ten
     q1 = q0 + query_block - 1
     touched = (q1 >= earliest) & (q0 < latest_end)
     whole = (q0 >= latest_start) & (q1 < earliest_end)
+    if plan.open is not None:
+        rep = heads_per_kv_head(plan.open.shape[1], start.shape[1])
+        touched, whole = (t.repeat_interleave(rep, 1) for t in (touched, whole))
+        hidden = _blocks_of_open_units(plan, key_block)
+        units = plan.open.shape[-1]
+        raw = (..., slice(units))
+        slots = (..., slice(units, None))
+        touched = torch.cat([touched[raw] | (plan.open < NEVER), touched[slots]], -1)
+        whole = torch.cat([whole[raw] | (plan.open <= q0), whole[slots] & ~hidden], -1)
     return touched & ~whole, whole
+
+
+def _blocks_of_open_units(plan: Plan, key_block: int) -> Tensor:
+    """(B, H, query blocks, key blocks of slots) bool: whether slots of an open unit are there.
+
+    The slots of a section are in the order of their units, so a block spans a range of these.
+    """
+    assert plan.open is not None
+    heads, units = plan.open.shape[1], plan.open.shape[-1]
+    position = F.pad(plan.position, (0, -plan.num_slots % key_block), value=-1)
+    position = position[..., plan.length :].unflatten(-1, (-1, key_block))
+    alive = position >= 0
+    home = position // key_block
+    first = torch.where(alive, home, units).amin(-1)
+    after = torch.where(alive, home + 1, 0).amax(-1)
+    rep = heads_per_kv_head(heads, first.shape[1])
+    count = F.pad((plan.open < NEVER).cumsum(-1, dtype=torch.int32), (1, 0))
+
+    def before(unit: Tensor) -> Tensor:
+        index = unit.long().repeat_interleave(rep, 1)[:, :, None]
+        return count.gather(-1, index.expand(-1, -1, count.shape[2], -1))
+
+    return before(after) > before(first)
 
 
 def block_mask(
@@ -42,24 +79,43 @@ def block_mask(
 
     `backward` adds the transposed tables that a gradient needs.
     """
-    start, end = plan.start, plan.end
-    rep = heads_per_kv_head(query_heads, start.shape[1])
-
-    def mask_mod(b: Tensor, h: Tensor, q: Tensor, s: Tensor) -> Tensor:
-        g = h // rep
-        return (start[b, g, s] <= q) & (q < end[b, g, s])
-
-    part, whole = (_as_table(t.repeat_interleave(rep, 1)) for t in visible_blocks(plan, block_size))
+    rep = heads_per_kv_head(query_heads, plan.start.shape[1])
+    blocks = visible_blocks(plan, block_size)
+    if plan.open is None:
+        blocks = (blocks[0].repeat_interleave(rep, 1), blocks[1].repeat_interleave(rep, 1))
+    part, whole = (_as_table(t) for t in blocks)
     return BlockMask.from_kv_blocks(
         kv_num_blocks=part[0],
         kv_indices=part[1],
         full_kv_num_blocks=whole[0],
         full_kv_indices=whole[1],
         BLOCK_SIZE=block_size,
-        mask_mod=mask_mod,
+        mask_mod=_mask_mod(plan, rep, block_size),
         seq_lengths=(plan.length, plan.num_slots),
         compute_q_blocks=backward,
     )
+
+
+def _mask_mod(plan: Plan, rep: int, block_size: tuple[int, int]) -> MaskMod:
+    start, end, position, since = plan.start, plan.end, plan.position, plan.open
+    query_block, key_block = block_size
+
+    def interval(b: Tensor, h: Tensor, q: Tensor, s: Tensor) -> Tensor:
+        g = h // rep
+        return (start[b, g, s] <= q) & (q < end[b, g, s])
+
+    if since is None:
+        return interval
+
+    def interval_or_open(b: Tensor, h: Tensor, q: Tensor, s: Tensor) -> Tensor:
+        place = position[b, h // rep, s]
+        unit = torch.clamp(place, min=0) // key_block
+        opened = since[b, h, q // query_block, unit] <= q
+        inside = interval(b, h, q, s)
+        # A raw slot stands at its own position, a slot of another section before it.
+        return torch.where(place == s, inside | opened, inside & ~opened)
+
+    return interval_or_open
 
 
 def _as_table(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from flexdga.config import DGAConfig, LayerRule
 from flexdga.decode import CacheMemory, LayerCache
-from flexdga.plan import NEVER
 from score_mods import ScoreMod
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ try:
 except ImportError:  # by itself the cache needs nothing of transformers
     Cache = CacheLayerMixin = object
 
-DENSE = DGAConfig(dense_below=NEVER)
+DENSE = DGAConfig.dense()
 """A layer left dense: no text is long enough for it."""
 
 

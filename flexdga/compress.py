@@ -94,6 +94,10 @@ def pool(
         mass: whether groups get the entropy of their weights as bias.
         scale: of the scores.
     """
+    if members.shape[2] == 0:
+        none = take_rows(key, focal[..., :0]), take_rows(value, focal[..., :0])
+        entropy = torch.zeros_like(focal[..., :0], dtype=torch.float32) if mass else None
+        return Pooled(take_rows(key, focal), take_rows(value, focal), *none, entropy)
     weight = group_weights(query, key, members, member_score, weights=weights, scale=scale)
     share = weight.to(key)[..., None, :]
     # With weights p, log Σ exp(s_i) >= Σ p_i s_i + H(p): the group's score plus the entropy.

@@ -11,10 +11,16 @@ from typing import Any, Literal, get_args
 
 import torch
 
-Importance = Literal["far_mean", "sum"]
+from flexdga.plan import NEVER
+
+Importance = Literal["far_mean", "sum", "peak"]
 Grouping = Literal["similarity", "sequence"]
 GroupWeights = Literal["last_query", "mean", "importance"]
 GroupBias = Literal["none", "mass"]
+Rest = Literal["group", "drop"]
+OpenBy = Literal["box", "exact"]
+KeepRaw = Literal["none", "full", "int8", "cpu"]
+Prefill = Literal["sparse", "dense"]
 Scope = Literal["prompt", "causal"]
 ProbePlacement = Literal["even", "tail"]
 
@@ -23,6 +29,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "grouping": get_args(Grouping),
     "group_weights": get_args(GroupWeights),
     "group_bias": get_args(GroupBias),
+    "rest": get_args(Rest),
+    "open_by": get_args(OpenBy),
+    "keep_raw": get_args(KeepRaw),
+    "prefill": get_args(Prefill),
     "scope": get_args(Scope),
     "probe_placement": get_args(ProbePlacement),
 }
@@ -51,16 +61,33 @@ class DGAConfig:
             (for a prompt that ends with a question). `causal` scope spreads them always.
         importance: `sum` accumulates the probes' attention weights (paper). `far_mean` takes
             their mean over the probes that see the token from beyond the window, smoothed over
-            neighbours and weighted by the norm of the value (flexdga's choice).
+            neighbours and weighted by the norm of the value (flexdga's choice). `peak` takes the
+            highest weight that any probe of any head gives to the token or a neighbour (SnapKV's
+            observation window, arXiv 2404.14469, with a maximum in place of its sum).
         grouping: `sequence` groups in order (paper), `similarity` by likeness inside a unit.
         group_weights: a group's key and value are weighted means of its members', with the
             attention weights of the group's last query (`last_query`, paper), all equal
             (`mean`), or in proportion to importance (`importance`).
         group_bias: `none` (paper), or `mass`: add the entropy of the weights to the group's
             score, so that one slot carries the attention mass of all its members.
+        rest: what becomes of tokens that are not focal once they leave the window. `group`: a
+            group stands for them (paper). `drop`: nothing does, except where their unit is open.
+        open_units: how many units, of `block_size[1]` raw tokens each, a query block may open, in
+            each query head; their slots hide meanwhile. 0 = none, None = all that `open_mass`
+            lets through. What one query opens stays open to the end of its query block.
+        open_mass: the share of a query's attention that a unit must seem to hold for the query to
+            open it, in [0, 1).
+        open_by: how that share is estimated. `box`: from the smallest box around the unit's keys
+            and their mean, 2/`block_size[1]` of the arithmetic of all scores (after Quest, arXiv
+            2406.10774; the blend is flexdga's choice). `exact`: from all keys of the past, which
+            is half the arithmetic of dense attention; it opens what is needed and little else.
+        keep_raw: what a `DGACache` keeps of tokens that left the window, for decoding to open:
+            `full`, `int8` (per token and head), `cpu` (in host memory), or `none`, which frees
+            them, and then decoding opens nothing.
+        prefill: `dense` attends to a prompt densely, and only what a `DGACache` keeps of it is
+            compressed (SnapKV).
         scope: what a plan may look at. `prompt`: the whole prompt plans the prompt. `causal`: no
             output depends on a later token.
-        open_units: raw units opened per query block. Only 0 is available in this release.
         unit_size: tokens in a unit, the stretch in which `similarity` groups and `causal` scope
             decide, and which a `DGACache` pools at a time: the paper's m' when decoding, 1.1·m,
             which is 18 for m = 16. With `similarity` it is `group_size` times a power of two.
@@ -87,8 +114,13 @@ class DGAConfig:
     grouping: Grouping = "sequence"
     group_weights: GroupWeights = "last_query"
     group_bias: GroupBias = "none"
+    rest: Rest = "group"
+    open_units: int | None = 0
+    open_mass: float = 0.05
+    open_by: OpenBy = "box"
+    keep_raw: KeepRaw = "full"
+    prefill: Prefill = "sparse"
     scope: Scope = "prompt"
-    open_units: int = 0
     unit_size: int = 128
     align: bool = True
     block_size: tuple[int, int] = (128, 128)
@@ -100,17 +132,16 @@ class DGAConfig:
             ("window", 0, None),
             ("sinks", 0, None),
             ("probes", 1, None),
-            ("open_units", 0, None),
             ("unit_size", 1, None),
             ("dense_below", 0, None),
         ):
             self._check_int(name, getattr(self, name), low, high)
         if self.focal_budget is not None:
             self._check_int("focal_budget", self.focal_budget, 0, None)
-        if isinstance(self.focal_ratio, bool) or not isinstance(self.focal_ratio, (int, float)):
-            raise TypeError(f"focal_ratio: expected a float in [0, 1], got {self.focal_ratio!r}")
-        if not 0 <= self.focal_ratio <= 1:  # false for NaN too
-            raise ValueError(f"focal_ratio: expected a float in [0, 1], got {self.focal_ratio!r}")
+        if self.open_units is not None:
+            self._check_int("open_units", self.open_units, 0, None)
+        self._check_share("focal_ratio", self.focal_ratio, 1.0, "[0, 1]")
+        self._check_share("open_mass", self.open_mass, math.nextafter(1.0, 0.0), "[0, 1)")
         if not isinstance(self.align, bool):
             raise TypeError(f"align: expected a bool, got {self.align!r}")
         for name, choices in _CHOICES.items():
@@ -128,6 +159,13 @@ class DGAConfig:
         if value < low or (high is not None and value > high):
             raise ValueError(f"{name}: expected {span}, got {value}")
 
+    @staticmethod
+    def _check_share(name: str, value: Any, most: float, span: str) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: expected a float in {span}, got {value!r}")
+        if not 0 <= value <= most:  # false for NaN too
+            raise ValueError(f"{name}: expected a float in {span}, got {value!r}")
+
     def _check_block_size(self) -> None:
         size = self.block_size
         if not isinstance(size, tuple) or len(size) != 2:
@@ -143,10 +181,20 @@ class DGAConfig:
             raise ValueError(
                 f"sinks: expected at most {room} (a step of the plan), got {self.sinks}"
             )
-        if self.open_units:
+        if self.opens and self.unit_size != self.block_size[1]:
             raise ValueError(
-                f"open_units: expected 0 (opening raw units is not available in this release), "
-                f"got {self.open_units}"
+                f"unit_size: units that open are key blocks of the kernel; expected "
+                f"block_size[1] ({self.block_size[1]}) with open_units={self.open_units}, got "
+                f"{self.unit_size}"
+            )
+        if self.opens and not self.window:
+            raise ValueError(
+                "window: a query must see itself raw; expected at least 1 with open_units, got 0"
+            )
+        if self.rest == "drop" and not self.window:
+            raise ValueError(
+                "window: with rest='drop' and without one a query sees nothing; expected at "
+                "least 1, got 0"
             )
         if self.grouping == "similarity":
             groups, rest = divmod(self.unit_size, self.group_size)
@@ -181,6 +229,10 @@ class DGAConfig:
             "importance": "sum",
             "grouping": "sequence",
             "group_bias": "none",
+            "rest": "group",
+            "open_units": 0,
+            "unit_size": 128,
+            "block_size": (128, 128),
             "align": False,
             "dense_below": 0,
         }
@@ -195,7 +247,76 @@ class DGAConfig:
         """
         return cls.paper(**({"focal_ratio": 0.0, "window": 1024} | changes))
 
+    @classmethod
+    def dense(cls, **changes: Any) -> DGAConfig:
+        """Exact dense attention at every length. `changes` override."""
+        base: dict[str, Any] = {"dense_below": NEVER}
+        return cls(**(base | changes))
+
+    @classmethod
+    def streaming_llm(cls, *, window: int = 1024, sinks: int = 4, **changes: Any) -> DGAConfig:
+        """StreamingLLM (arXiv 2309.17453): a window and the first tokens, the rest dropped.
+
+        Keys come rotated, so positions are those of the text, not of the cache.
+        """
+        return cls._exact_or_dropped(focal_ratio=0.0, window=window, sinks=sinks, **changes)
+
+    @classmethod
+    def lm_infinite(cls, *, window: int = 1024, sinks: int = 16, **changes: Any) -> DGAConfig:
+        """LM-Infinite (arXiv 2308.16137): a Λ-shaped mask, as StreamingLLM with more first tokens.
+
+        Its bound on distances acts beyond the length of the model's training; it is left out.
+        """
+        return cls.streaming_llm(window=window, sinks=sinks, **changes)
+
+    @classmethod
+    def h2o(cls, *, focal_ratio: float = 0.1, window: int = 256, **changes: Any) -> DGAConfig:
+        """Heavy hitters (H2O, arXiv 2306.14048) and a window, the rest dropped.
+
+        Heavy hitters are chosen by the attention summed over probes, by unit in `causal` scope.
+        """
+        base: dict[str, Any] = {
+            "importance": "sum",
+            "focal_ratio": focal_ratio,
+            "window": window,
+            "sinks": 0,
+        }
+        return cls._exact_or_dropped(**(base | changes))
+
+    @classmethod
+    def snapkv(cls, *, focal_ratio: float = 0.1, window: int = 64, **changes: Any) -> DGAConfig:
+        """SnapKV (arXiv 2404.14469): dense over the prompt; its last queries choose what is kept.
+
+        What is generated later leaves the window as in H2O.
+        """
+        base: dict[str, Any] = {
+            "importance": "peak", "focal_ratio": focal_ratio, "window": window, "sinks": 0,
+            "probes": 16, "probe_placement": "tail", "prefill": "dense",
+        }  # fmt: skip
+        return cls._exact_or_dropped(**(base | changes))
+
+    @classmethod
+    def block_selection(cls, *, open_units: int = 8, window: int = 64, **changes: Any) -> DGAConfig:
+        """The best blocks of raw keys for each query block, a window and the first tokens.
+
+        As Quest (arXiv 2406.10774) and MoBA (arXiv 2502.13189); the rest is dropped.
+        """
+        base: dict[str, Any] = {
+            "open_units": open_units, "open_mass": 0.0, "focal_ratio": 0.0, "window": window,
+            "unit_size": 32, "block_size": (32, 32),
+        }  # fmt: skip
+        return cls._exact_or_dropped(**(base | changes))
+
+    @classmethod
+    def _exact_or_dropped(cls, **fields: Any) -> DGAConfig:
+        base: dict[str, Any] = {"rest": "drop", "dense_below": 0}
+        return cls(**(base | fields))
+
     # Derived once; fields and not properties, so that compilers find constants in them.
+    opens: bool = dataclasses.field(init=False, repr=False, compare=False)
+    """Whether query blocks may open units."""
+    groups: bool = dataclasses.field(init=False, repr=False, compare=False)
+    """Whether tokens are grouped."""
     whole_sequence: bool = dataclasses.field(init=False, repr=False, compare=False)
     """Whether groups run over the whole prompt instead of staying inside units."""
     step: int = dataclasses.field(init=False, repr=False, compare=False)
@@ -215,7 +336,9 @@ class DGAConfig:
 
     def _derive(self) -> None:
         derive = functools.partial(object.__setattr__, self)
-        whole = self.scope == "prompt" and self.grouping == "sequence"
+        derive("opens", self.open_units != 0)
+        derive("groups", self.rest == "group")
+        whole = self.scope == "prompt" and self.grouping == "sequence" and not self.opens
         derive("whole_sequence", whole)
         derive("step", math.lcm(*self.block_size, 1 if whole else self.unit_size))
         focal = self.focal_ratio if self.focal_budget is None else self.focal_budget

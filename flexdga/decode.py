@@ -20,8 +20,14 @@ from flexdga.config import DGAConfig
 from flexdga.exact import attend_all
 from flexdga.handoff import seen_after, slot_columns, slots_after
 from flexdga.indexing import compact, take, take_rows
-from flexdga.plan import NEVER
-from flexdga.planner import Documents, focal_slots_per_unit, handover, lookahead, plan_units
+from flexdga.plan import NEVER, Documents
+from flexdga.planner import (
+    focal_slots_per_unit,
+    group_slots_per_unit,
+    handover,
+    lookahead,
+    plan_units,
+)
 from flexdga.storage import Columns, Origins, Saved, SlotBuffer
 from score_mods import ScoreMod
 
@@ -71,7 +77,7 @@ class LayerCache:
         reads_queries = config.needs_importance or config.group_weights == "last_query"
         self._keeps_queries = reads_queries and not self._forever_dense
         unit = config.unit_size
-        self._unit_slots = focal_slots_per_unit(self._causal) - (-unit // config.group_size)
+        self._unit_slots = focal_slots_per_unit(self._causal) + group_slots_per_unit(config)
         self._steady = max(handover(unit - 1, self._causal), unit + lookahead(self._causal))
         self.reset()
 

@@ -21,6 +21,8 @@ SUM_STAGE = 16
 """Tokens summed at a time over a prompt; its length in whole steps is a multiple of it."""
 SMOOTHING = 5
 """Neighbouring tokens whose importance is averaged into a token's own."""
+PEAK_WIDTH = 7
+"""Neighbouring tokens whose highest weight counts for a token, with `peak` (SnapKV's pooling)."""
 
 
 def prompt_importance(
@@ -62,7 +64,8 @@ def prompt_importance(
     seen_BPL = (pos >= start_BP[:, :, None]) & (pos < stop_BP[:, :, None]) & real_BP[:, :, None]
     if is_causal:
         seen_BPL = seen_BPL & (far_BPL <= 0)
-    weight_BGPL = _attention_weights(score_BGRPL, seen_BPL[:, None, None], _total).mean(2)
+    weight_BGRPL = _attention_weights(score_BGRPL, seen_BPL[:, None, None], _total)
+    weight_BGPL = _over_heads(weight_BGRPL, config)
     beyond_BPL = seen_BPL & (far_BPL.abs() >= config.window)
     return _reduce(weight_BGPL, seen_BPL[:, None], beyond_BPL[:, None], value, config)
 
@@ -116,7 +119,8 @@ def unit_importance(
     doc_BNP = first[:, probe_NP.flatten().long()].view(batch, units, count)
     gap_PW = offset_P[:, None] - offset_W
     seen_BNPW = (gap_PW >= 0) & (doc_BNP[..., None] == doc_BNW[:, :, None])
-    weight_BGNPW = _attention_weights(score_BGRNPW, seen_BNPW[:, None, None]).mean(2)
+    weight_BGRNPW = _attention_weights(score_BGRNPW, seen_BNPW[:, None, None])
+    weight_BGNPW = _over_heads(weight_BGRNPW, config)
     # No probe is a whole window away from the last tokens of a unit: half a window has to do.
     beyond_BNPW = seen_BNPW & (gap_PW >= config.window // 2)
     v = value.view(batch, kv_heads, units, unit, -1)
@@ -155,12 +159,21 @@ def _total(x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, SUM_STAGE)).sum(-1).sum(-1)
 
 
+def _over_heads(weight: Tensor, config: DGAConfig) -> Tensor:
+    """(B, G, R, ...) to (B, G, ...): the query heads of a KV head choose together."""
+    return weight.amax(2) if config.importance == "peak" else weight.mean(2)
+
+
 def _reduce(
     weight: Tensor, seen: Tensor, beyond: Tensor, value: Tensor, config: DGAConfig
 ) -> Tensor:
     """(..., P, K) weights of probes on keys to (..., K) importance, by `config.importance`."""
     if config.importance == "sum":
         return torch.where(seen, weight, 0.0).sum(-2)
+    if config.importance == "peak":
+        best = torch.where(seen, weight, 0.0).amax(-2)
+        rows = best.reshape(-1, 1, best.shape[-1])
+        return F.max_pool1d(rows, PEAK_WIDTH, 1, PEAK_WIDTH // 2).view_as(best)
     count = beyond.sum(-2).clamp(min=min(MIN_SEEN, config.probes))
     mean = torch.where(beyond, weight, 0.0).sum(-2) / count
     flat = mean.reshape(-1, 1, mean.shape[-1])

@@ -13,7 +13,7 @@ from flexdga.block_mask import block_mask
 from flexdga.compress import Slots, compress
 from flexdga.config import GroupWeights
 from flexdga.indexing import heads_per_kv_head
-from flexdga.plan import Plan, with_null_slot
+from flexdga.plan import NEVER, Plan, with_null_slot
 from score_mods import ScoreMod, needs_null_slot
 
 
@@ -66,6 +66,10 @@ def attend(
         enable_gqa=query.shape[1] != key.shape[1],
         kernel_options=options,
     )
+    if plan.open is not None:  # what a block opens, padding in it sees too
+        real = plan.start[:, :, : plan.length] < NEVER
+        rep = heads_per_kv_head(query.shape[1], key.shape[1])
+        out = torch.where(real.repeat_interleave(rep, 1)[..., None], out, 0.0)
     return out
 
 

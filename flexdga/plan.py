@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,20 @@ if TYPE_CHECKING:
 
 NEVER = 2**31 - 1
 """The `start` of a slot that no query sees (its `end` is 0)."""
+
+
+class Documents(NamedTuple):
+    """Where each token's document lies. Padding has `first = NEVER` and `after = 0`.
+
+    Attributes:
+        first: (B, L) int32, the document's first token.
+        after: (B, L) int32, the first token after it.
+        packed: whether a row may hold several documents.
+    """
+
+    first: Tensor
+    after: Tensor
+    packed: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +50,9 @@ class Plan:
         focal: (B, Hkv, F) int32, the token that each focal slot copies; -1 for none.
         members: (B, Hkv, G, m) int32, the tokens of each group; -1 for none.
         member_score: (B, Hkv, G, m) float32, their importance, where the weights need it.
-        open: (B, H, query blocks, units) bool, units opened raw to a query block. Reserved.
+        open: (B, H, query blocks, units) int32 or None, where units open: from this query of
+            the block on, to the end of the block, the unit's tokens are seen raw by this query
+            head, and its slots are hidden; NEVER where it stays closed.
     """
 
     start: Tensor
@@ -64,24 +80,52 @@ class Plan:
             query_index: (Q,) positions of queries.
 
         Returns:
-            (B, Hkv, Q, S) bool. Meant for inspection and tests: it grows with Q·S.
+            (B, Hkv, Q, S) bool; with openings (B, H, Q, S), for they are those of a query head.
+            Meant for inspection and tests: it grows with Q·S.
         """
         q = query_index.to(self.start).unsqueeze(-1)
-        return (self.start.unsqueeze(-2) <= q) & (q < self.end.unsqueeze(-2))
+        inside = (self.start.unsqueeze(-2) <= q) & (q < self.end.unsqueeze(-2))
+        if self.open is None:
+            return inside
+        heads, blocks, units = self.open.shape[1:]
+        rep = heads // self.start.shape[1]
+        inside, position = (t.repeat_interleave(rep, 1) for t in (inside, self.position))
+        since = self.open[:, :, query_index // (self.length // blocks)]
+        home = (position // (self.length // units)).clamp(min=0).long()
+        opened = since.gather(-1, home[:, :, None].expand(-1, -1, len(query_index), -1)) <= q
+        # Padding sees nothing, whatever its block opens.
+        real = (self.start[..., : self.length] < NEVER)[..., query_index].repeat_interleave(rep, 1)
+        raw = position == torch.arange(self.num_slots, device=q.device)
+        return torch.where(raw[:, :, None], inside | opened, inside & ~opened) & real[..., None]
 
     def queries_per_slot(self) -> Tensor:
-        """(B, Hkv, S) int64: how many queries see each slot."""
+        """(B, Hkv, S) int64: how many queries see each slot; openings apart."""
         return (self.end.long() - self.start.long()).clamp(min=0)
+
+    def opened(self) -> Tensor:
+        """(B, H) int64: score entries of open units, each computed for its whole query block."""
+        if self.open is None:
+            return self.start.new_zeros(self.start.shape[:2], dtype=torch.int64)
+        _, _, blocks, units = self.open.shape
+        tile = (self.length // blocks) * (self.length // units)
+        return (self.open < NEVER).sum((-2, -1)) * tile
 
     def real_length(self) -> Tensor:
         """(B, Hkv) int64: tokens from the first real one to the last, padding around them apart."""
         return (self.end.amax(-1).long() - self.start.amin(-1).long()).clamp(min=0)
 
     def cost(self, *, is_causal: bool = True) -> float:
-        """Visible slots as a share of what dense attention computes over the same tokens."""
+        """Score entries to compute, as a share of dense attention's over the same tokens.
+
+        The slots that queries see, and of open units all entries of the blocks that open them.
+        Planning is not in it.
+        """
         length = self.real_length().double()
         dense = length * (length + 1) / 2 if is_causal else length**2
-        return (self.queries_per_slot().sum() / dense.sum().clamp(min=1)).item()
+        seen = self.queries_per_slot().sum() / dense.sum().clamp(min=1)
+        rep = self.opened().shape[1] // dense.shape[1]
+        extra = self.opened().sum() / (rep * dense.sum().clamp(min=1))
+        return (seen + extra).item()
 
     def describe(self) -> str:
         """A few lines for people: the slots by section, and what they save."""
@@ -99,6 +143,11 @@ class Plan:
             f"{name:<9} {count:>12.0f}   {mean:>15.1f}"
             for name, count, mean in zip(("raw", "focal", "group"), alive, seen)
         ]
+        if self.open is not None:
+            mean = self.opened().double().mean().item() / max(tokens, 1)
+            count = (self.open < NEVER).double().sum(-1).mean().item()
+            lines.append(f"opened    {count:>10.1f} at a time {mean:>10.1f}")
+            seen.append(mean)
         lines.append(
             f"together {sum(seen):.1f}; with dense causal attention {(tokens + 1) / 2:.1f}: "
             f"cost {self.cost():.3f}"

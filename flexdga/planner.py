@@ -15,23 +15,9 @@ from flexdga.config import DGAConfig
 from flexdga.grouping import group_units, group_whole
 from flexdga.importance import prompt_importance, unit_importance
 from flexdga.indexing import compact, put, runs, take
-from flexdga.plan import NEVER, Plan
+from flexdga.plan import NEVER, Documents, Plan
 
 T = TypeVar("T", int, Tensor)
-
-
-class Documents(NamedTuple):
-    """Where each token's document lies. Padding has `first = NEVER` and `after = 0`.
-
-    Attributes:
-        first: (B, L) int32, the document's first token.
-        after: (B, L) int32, the first token after it.
-        packed: whether a row may hold several documents.
-    """
-
-    first: Tensor
-    after: Tensor
-    packed: bool
 
 
 def documents(
@@ -87,7 +73,9 @@ def plan_attention(
     chosen = chosen & (chosen.cumsum(-1) <= capacity)
     focal = compact(chosen, capacity)
 
-    if config.whole_sequence:
+    if not config.groups:
+        members = _no_groups(key, config)
+    elif config.whole_sequence:
         members = group_whole(~chosen, steps, config)
     else:
         members = _group_by_unit(chosen, key, value, docs, config)
@@ -120,17 +108,25 @@ def plan_units(
         unit's row says holds if all tokens up to its handover are here.
     """
     chosen, score = _focal_by_unit(query, key, value, docs, config, scale)
-    members = _group_by_unit(chosen, key, value, docs, config)
+    if config.groups:
+        members = _group_by_unit(chosen, key, value, docs, config)
+    else:
+        members = _no_groups(key, config)
     focal = compact(_units(chosen, config), focal_slots_per_unit(config))
     base = torch.arange(focal.shape[2], dtype=torch.int32, device=focal.device) * config.unit_size
     focal = torch.where(focal >= 0, focal + base[:, None], -1)
-    members = members.unflatten(2, (focal.shape[2], -1))
+    members = members.unflatten(2, (focal.shape[2], group_slots_per_unit(config)))
     return focal, members, _member_score(score, members, config)
 
 
 def focal_slots_per_unit(config: DGAConfig) -> int:
     """Focal slots that hold whatever `causal` scope chooses from a unit."""
     return max(config.focal_per_unit, min(config.sinks, config.unit_size))
+
+
+def group_slots_per_unit(config: DGAConfig) -> int:
+    """Groups of a unit, where they stay inside units."""
+    return -(-config.unit_size // config.group_size) if config.groups else 0
 
 
 def dense_plan(docs: Documents, kv_heads: int, *, is_causal: bool) -> Plan:
@@ -203,6 +199,12 @@ def _group_by_unit(
 ) -> Tensor:
     free = _units(~chosen, config) & _in_last_document(docs, config)[:, None]
     return group_units(free, key, value, config)
+
+
+def _no_groups(key: Tensor, config: DGAConfig) -> Tensor:
+    return torch.full(
+        (*key.shape[:2], 0, config.group_size), -1, dtype=torch.int32, device=key.device
+    )
 
 
 def _member_score(score: Tensor, members: Tensor, config: DGAConfig) -> Tensor | None:
@@ -313,10 +315,12 @@ def _intervals(
         return handover(last, config)
 
     focal_from, group_from = from_when(focal), from_when(group_last)
-    raw_end = put(
-        put(after, focal, focal_from), members.flatten(2), _per_member(group_from, members)
-    )
     index = torch.arange(length, dtype=torch.int32, device=first.device).expand_as(first)
+    # What no slot stands for is raw to the end of its document, or dropped.
+    raw_end = after if config.groups else torch.minimum(after, from_when(index))
+    raw_end = put(
+        put(raw_end, focal, focal_from), members.flatten(2), _per_member(group_from, members)
+    )
     focal_first, focal_after = take(first, focal), take(after, focal)
     group_first, group_after = take(first, group_last), take(after, group_last)
     size = (members >= 0).sum(-1, dtype=torch.int32)
@@ -328,7 +332,8 @@ def _intervals(
     if not is_causal:
         earliest = torch.where(members >= 0, members, NEVER).amin(-1)
         focal_to, group_to = _takeover(focal, config), _takeover(earliest, config)
-        start = put(put(first, focal, focal_to), members.flatten(2), _per_member(group_to, members))
+        start = first if config.groups else torch.maximum(first, _takeover(index, config))
+        start = put(put(start, focal, focal_to), members.flatten(2), _per_member(group_to, members))
         raw = raw._replace(start=torch.maximum(start, first))
         # Slots are seen from both sides of their tokens: once before, once after.
         early = _Section(focal, focal_first, torch.where(focal >= 0, focal_to, 0))

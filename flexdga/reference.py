@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flexdga.plan import Plan
+from flexdga.plan import NEVER, Plan
 
 
 def dense(
@@ -90,8 +90,8 @@ def attend(
                 bias = torch.stack([torch.special.entr(w).sum() for w in weights])
             at = torch.arange(length)[:, None]
             slot = torch.tensor([s for s in range(plan.num_slots) if _members(plan, b, g, s)])
-            seen = (plan.start[b, g, slot] <= at) & (at < plan.end[b, g, slot])
             for r in range(rep):
+                seen = visible(plan, b, g * rep + r, length, rep)[:, slot]
                 score = q[r] @ k.T * scale
                 if score_mod is not None:
                     place = (torch.tensor(b), torch.tensor(g * rep + r))
@@ -134,13 +134,35 @@ def slot_weights(
     return tokens, weights
 
 
-def coverage(plan: Plan, b: int, g: int, length: int) -> Tensor:
+def visible(plan: Plan, b: int, h: int, length: int, rep: int = 1) -> Tensor:
+    """(L, S) bool: which slots each query of one head sees, `rep` query heads to a KV head."""
+    g, at = h // rep, torch.arange(length)[:, None]
+    seen = (plan.start[b, g] <= at) & (at < plan.end[b, g])
+    if plan.open is None:
+        return seen
+    rows, size = plan.length // plan.open.shape[2], plan.length // plan.open.shape[3]
+    for row, unit in (plan.open[b, h] < NEVER).nonzero().tolist():
+        since = int(plan.open[b, h, row, unit])
+        queries = slice(min(since, length), min((row + 1) * rows, length))
+        for s in range(plan.num_slots):
+            members = _members(plan, b, g, s)
+            if s < plan.length and s // size == unit:
+                seen[queries, s] = True
+            elif s >= plan.length and members and members[0] // size == unit:
+                seen[queries, s] = False
+    padding = plan.start[b, g, : plan.length][:length] == NEVER
+    return seen & ~padding[:, None]
+
+
+def coverage(plan: Plan, b: int, h: int, length: int, rep: int = 1) -> Tensor:
     """How many slots visible to each query stand for each token: (L, L) int, query by token."""
+    seen = visible(plan, b, h, length, rep)
     count = torch.zeros(length, length, dtype=torch.long)
     for s in range(plan.num_slots):
-        start, end = int(plan.start[b, g, s]), int(plan.end[b, g, s])
-        for token in _members(plan, b, g, s):
-            count[min(start, length) : end, token] += 1
+        members = [s] if s < plan.length else _members(plan, b, h // rep, s)
+        for token in members:
+            if token < length:
+                count[:, token] += seen[:, s]
     return count
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers import TOLERANCE, qkv, relative_error, small
 from hypothesis import given
 from hypothesis import strategies as st
-from test_planner import layout_arguments, layouts, planners
+from test_planner import layout_arguments, layouts, openers, planners
 
 import score_mods
 from flexdga import DGAConfig, dga_attention, make_plan, reference
@@ -52,6 +52,8 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.usefixtures("eager")
 @given(
     planner=planners,
+    opener=st.one_of(st.just({}), openers),
+    rest=st.sampled_from(["group", "drop"]),
     kernel=kernels,
     layout=layouts,
     length=st.sampled_from([1, 31, 64, 101]),
@@ -60,10 +62,15 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
     head_dim=st.sampled_from([32, 80]),
     causal=st.booleans(),
 )
-def test_equals_reference(planner, kernel, layout, length, heads, dtype, head_dim, causal):
+def test_equals_reference(
+    planner, opener, rest, kernel, layout, length, heads, dtype, head_dim, causal
+):
     inputs = qkv(2, *heads, length, head_dim, dtype)
     arguments, ids = layout_arguments(layout, 2, length)
-    config = small(**planner, **kernel)
+    if rest == "drop" and not planner["window"]:
+        planner = planner | {"window": 1}
+    config = small(**(planner | opener), **kernel, rest=rest)
+    causal = causal or config.opens
     out, _ = check(inputs, config, is_causal=causal, **arguments)
     assert (out.transpose(1, 2)[ids < 0] == 0).all()
 
@@ -107,11 +114,15 @@ def test_cca_is_its_two_modules(length, size, window):
 
 
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
-def test_causal_scope_is_causal_bit_for_bit(mode, request):
+@pytest.mark.parametrize("opens", [0, None], ids=["closed", "open"])
+def test_causal_scope_is_causal_bit_for_bit(opens, mode, request):
     if mode == "eager":
         request.getfixturevalue("eager")
     block = 16 if mode == "eager" else 32
-    config = small(scope="causal", block_size=(block, block))
+    config = small(
+        scope="causal", block_size=(block, block), unit_size=32 if mode == "compiled" else 16,
+        open_units=opens, open_mass=0.01,
+    )  # fmt: skip
     inputs = qkv(2, 6, 2, 300)
     before = dga_attention(*inputs, config=config)
     for token in (299, 150, 37, 1):

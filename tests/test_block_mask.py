@@ -7,25 +7,38 @@ import torch
 from helpers import qkv, small
 from hypothesis import given
 from hypothesis import strategies as st
-from test_planner import layout_arguments, layouts, planners
+from test_planner import layout_arguments, layouts, openers, planners
 
 from flexdga import make_plan
 from flexdga.block_mask import block_mask, visible_blocks
+from flexdga.plan import NEVER
 
 pytestmark = pytest.mark.usefixtures("eager")
 
 
-@given(planner=planners, layout=layouts, causal=st.booleans(), blocks=st.sampled_from([16, 32]))
-def test_blocks_agree_with_the_mask(planner, layout, causal, blocks):
-    config = small(**planner, block_size=(blocks, 16))
+@given(
+    planner=planners,
+    opener=st.one_of(st.just({}), openers),
+    layout=layouts,
+    causal=st.booleans(),
+    blocks=st.sampled_from([16, 32]),
+)
+def test_blocks_agree_with_the_mask(planner, opener, layout, causal, blocks):
+    config = small(**(planner | opener), block_size=(blocks, 16))
+    causal = causal or config.opens
     arguments, _ = layout_arguments(layout, 2, 150)
-    plan = make_plan(*qkv(batch=2, length=150), config=config, is_causal=causal, **arguments)
+    inputs = qkv(batch=2, heads=4, length=150)
+    plan = make_plan(*inputs, config=config, is_causal=causal, **arguments)
     part, whole = visible_blocks(plan, config.block_size)
     mask = plan.visible(torch.arange(plan.length))
     pad = -plan.num_slots % 16
     mask = torch.nn.functional.pad(mask, (0, pad))
     tiles = mask.unflatten(-1, (-1, 16)).unflatten(-3, (-1, blocks))
-    touched, full = tiles.any(-1).any(-2), tiles.all(-1).all(-2)
+    touched = tiles.any(-1).any(-2)
+    # Padding in a block is not looked at where units open: its output is zeroed.
+    padding = (plan.start[:, :1, : plan.length] == NEVER)[..., None] & (plan.open is not None)
+    padding = padding.unflatten(-2, (-1, blocks))[..., None]
+    full = (tiles | padding).all(-1).all(-2)
     assert not (part & whole).any()
     assert not (touched & ~(part | whole)).any()  # nothing visible is left out
     assert not (whole & ~full).any()  # nothing hidden is taken for visible

@@ -1,0 +1,237 @@
+"""Which raw units each query block opens: what this query needs of the far past.
+
+A query opens the units that seem to hold more than a given share of its attention, and what one
+query opens stays open to the end of its query block. So nothing depends on a later query, and a
+unit is open to few queries that do not need it, while the kernel still works on whole blocks.
+
+Shape suffixes: B batch, H query heads, G KV heads, R query heads per KV head, L tokens, C queries,
+N units, U tokens of a unit, T query blocks, I queries of one, W tokens around it, D head_dim.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexdga.config import DGAConfig
+from flexdga.indexing import take_rows
+from flexdga.plan import NEVER, Documents
+
+Run = Callable[..., Any]
+STRETCH = 1024
+"""Queries whose scores of units are held at a time."""
+BOX_SHARE = 0.3
+"""How far a unit's estimate goes from its mean key towards the corner of the box around its keys
+that suits the query best. Measured on a real model: bench/RESEARCH.md."""
+
+
+class Units(NamedTuple):
+    """What estimates need of each unit.
+
+    Attributes:
+        key: (B, Hkv, N, 2D) features for `box`, (B, Hkv, N·U, D) the keys themselves for `exact`.
+        first: (B, N) int32 first token of the unit's document; NEVER if the unit holds padding or
+            parts of two documents, and so never opens.
+    """
+
+    key: Tensor
+    first: Tensor
+
+
+def unit_features(key: Tensor, config: DGAConfig) -> Tensor:
+    """Features of whole units of keys (B, Hkv, N·U, D), as `Units.key`."""
+    if config.open_by == "exact":
+        return key
+    units = key.unflatten(2, (-1, config.block_size[1]))
+    middle = (1 - BOX_SHARE) * units.mean(3)
+    high = BOX_SHARE * units.amax(3) + middle
+    low = BOX_SHARE * units.amin(3) + middle
+    return torch.cat([high, low], -1)
+
+
+def unit_documents(first: Tensor, after: Tensor, config: DGAConfig) -> Tensor:
+    """(B, N) `Units.first` from the documents of (B, N·U) tokens."""
+    size = config.block_size[1]
+    first, after = first.unflatten(-1, (-1, size)), after.unflatten(-1, (-1, size))
+    alone = (first.amin(-1) == first.amax(-1)) & (after.amin(-1) > 0)
+    return torch.where(alone, first[..., 0], NEVER)
+
+
+def far_log_mass(query: Tensor, units: Tensor, config: DGAConfig, scale: float) -> Tensor:
+    """(B, H, C, N) estimated log of Σ exp(score) over each unit's tokens, for every query.
+
+    Args:
+        query: (B, H, C, D).
+        units: `Units.key`.
+        config: `open_by`, `block_size`.
+        scale: of the scores.
+    """
+    batch, heads, count, _ = query.shape
+    size, kv_heads = config.block_size[1], units.shape[1]
+    if config.open_by == "box":
+        # q·corner = Σ max(q_d high_d, q_d low_d), the corner being the best one for this query.
+        query = torch.cat([query.clamp(min=0), query.clamp(max=0)], -1)
+    rows = query.reshape(batch, kv_heads, -1, query.shape[-1])
+    score = (rows @ units.mT).float() * scale
+    score = score.view(batch, heads, count, -1)
+    if config.open_by == "exact":
+        return torch.logsumexp(score.unflatten(-1, (-1, size)), -1)
+    return score + math.log(size)
+
+
+def near_log_mass(
+    query: Tensor, key: Tensor, first: Tensor, block: Tensor, config: DGAConfig, scale: float
+) -> Tensor:
+    """(B, H, T·I) log of Σ exp(score) over the tokens of each query that are too near to open.
+
+    Args:
+        query: (B, H, T·I, D), whole query blocks.
+        key: (B, Hkv, L, D), all keys.
+        first: (B, L) first token of each token's document.
+        block: (T,) int32, the numbers of these query blocks.
+        config: the choices.
+        scale: of the scores.
+    """
+    batch, heads, count, _ = query.shape
+    kv_heads, rows = key.shape[1], config.block_size[0]
+    width = rows + near_span(config)
+    offset = torch.arange(width, dtype=torch.int32, device=key.device)
+    pos_TW = (block[:, None] + 1) * rows - width + offset
+    index = pos_TW.clamp(min=0)
+    k_BGTWD = take_rows(key, index.expand(batch, kv_heads, -1, -1))
+    q_BGRTID = query.view(batch, kv_heads, -1, count // rows, rows, query.shape[-1])
+    q_BGTXD = q_BGRTID.transpose(2, 3).flatten(3, 4)  # X = R·I
+    score = (q_BGTXD @ k_BGTWD.mT).float() * scale
+    score = score.unflatten(3, (-1, rows)).transpose(2, 3)  # (B, G, R, T, I, W)
+
+    at_TI = block[:, None] * rows + torch.arange(rows, dtype=torch.int32, device=key.device)
+    begin_T = far_units(block * rows, config) * config.block_size[1]
+    seen = (pos_TW[:, None] <= at_TI[..., None]) & (pos_TW >= begin_T[:, None])[:, None]
+    same = first[:, index.long()][:, :, None] == first[:, at_TI.long()][..., None]
+    seen = seen & (pos_TW >= 0)[:, None] & same  # (B, T, I, W)
+    score = score.masked_fill(~seen[:, None, None], -math.inf)
+    return torch.logsumexp(score, -1).reshape(batch, heads, count)
+
+
+def near_span(config: DGAConfig) -> int:
+    """Tokens before a query block that may be too near for it to open."""
+    return config.window + config.block_size[1]
+
+
+def far_units(first_query: Tensor, config: DGAConfig) -> Tensor:
+    """How many units are wholly handed over by the first query of a block: it may open these."""
+    return (first_query - config.window + 1).clamp(min=0) // config.block_size[1]
+
+
+def wanted(far: Tensor, near: Tensor, open_to: Tensor, config: DGAConfig) -> tuple[Tensor, Tensor]:
+    """Which units each query asks for, and their share of its attention.
+
+    Args:
+        far: (B, H, C, N) from `far_log_mass`.
+        near: (B, H, C) log mass of what is not far.
+        open_to: (B, C, N) bool, the units that the query may open.
+        config: `open_mass`.
+
+    Returns:
+        (B, H, C, N) bool, and (B, H, C, N) float32 shares.
+    """
+    far = far.masked_fill(~open_to[:, None], -math.inf)
+    total = torch.logaddexp(torch.logsumexp(far, -1), near)
+    share = torch.exp(far - total[..., None])
+    return open_to[:, None] & (share > config.open_mass), share
+
+
+def open_table(
+    query: Tensor, key: Tensor, docs: Documents, *, config: DGAConfig, scale: float, run: Run
+) -> Tensor:
+    """`openings` of a whole sequence, a stretch of queries at a time: (B, H, L / I, L / U).
+
+    Inside a compiler it is one stretch, whose scores of units take B·H·L·N numbers.
+
+    Args:
+        query: (B, H, L, D).
+        key: (B, Hkv, L, D).
+        docs: the documents.
+        config: the choices.
+        scale: of the scores.
+        run: how to call `openings`.
+    """
+    rows, size = config.block_size
+    blocks = query.shape[2] // rows
+    units = Units(unit_features(key, config), unit_documents(docs.first, docs.after, config))
+    number = torch.arange(blocks, dtype=torch.int32, device=key.device)
+    if torch.compiler.is_compiling():
+        made = openings(query, key, docs.first, units, number, config=config, scale=scale)
+        # The kernel's mask captures it, and Inductor takes the result of a `cat` as it is.
+        return torch.cat([made[:, :, :1], made[:, :, 1:]], 2)
+    parts = -(-blocks * rows // STRETCH)
+    edges = [i * blocks // parts for i in range(parts + 1)]
+    per_unit = units.key.shape[2] // units.first.shape[1]
+    table = []
+    for begin, end in itertools.pairwise(edges):
+        # Units that no block of the stretch can open are left out, in whole multiples of few.
+        reach = -(-end * rows // size // 16) * 16
+        near = Units(units.key[:, :, : reach * per_unit], units.first[:, :reach])
+        part = run(
+            openings, query[:, :, begin * rows : end * rows], key, docs.first, near,
+            number[begin:end], config=config, scale=scale,
+        )  # fmt: skip
+        table.append(F.pad(part, (0, units.first.shape[1] - part.shape[-1]), value=NEVER))
+    return torch.cat(table, 2)
+
+
+def openings(
+    query: Tensor,
+    key: Tensor,
+    first: Tensor,
+    units: Units,
+    block: Tensor,
+    *,
+    config: DGAConfig,
+    scale: float,
+) -> Tensor:
+    """From which query on each of these query blocks sees each unit raw.
+
+    Args:
+        query: (B, H, T·I, D) of the query blocks.
+        key: (B, Hkv, L, D), all keys.
+        first: (B, L) first token of each token's document.
+        units: the first N units at least as far as these blocks may open them.
+        block: (T,) int32, the numbers of the query blocks.
+        config: the choices.
+        scale: of the scores.
+
+    Returns:
+        (B, H, T, N) int32, NEVER where the unit stays closed. In `prompt` scope a block opens
+        its units from its first query on.
+    """
+    rows = config.block_size[0]
+    far = far_log_mass(query, units.key, config, scale)
+    near = near_log_mass(query, key, first, block, config, scale)
+    at_TI = block[:, None] * rows + torch.arange(rows, dtype=torch.int32, device=key.device)
+    doc_BTI = first[:, at_TI.long()]
+    # A block in which a document ends opens for the next one alone: the table has no end.
+    mine_BTI = doc_BTI == torch.where(doc_BTI == NEVER, -1, doc_BTI).amax(-1, keepdim=True)
+    number = torch.arange(units.first.shape[-1], dtype=torch.int32, device=key.device)
+    far_TN = number < far_units(block * rows, config)[:, None]
+    same_BTIN = (units.first[:, None, None] == doc_BTI[..., None]) & mine_BTI[..., None]
+    open_to = same_BTIN & far_TN[:, None] & (units.first != NEVER)[:, None, None]
+    want, share = wanted(far, near, open_to.flatten(1, 2), config)
+    want, share = want.unflatten(2, (-1, rows)), share.unflatten(2, (-1, rows))
+    since = torch.where(want, at_TI[..., None], NEVER).amin(3)
+    if config.scope == "prompt":
+        since = torch.where(since < NEVER, (block * rows)[:, None], NEVER)
+    if config.open_units is not None:
+        # Who asks first is served first; among those who ask together the larger share is.
+        turn = 0.0 if config.scope == "prompt" else torch.arange(rows, device=key.device)[:, None]
+        rank = torch.where(want, share - turn, -math.inf).amax(3)
+        best = rank.topk(min(config.open_units, rank.shape[-1]), dim=-1).indices
+        keep = torch.zeros_like(rank, dtype=torch.bool).scatter(-1, best, True)
+        since = torch.where(keep, since, NEVER)
+    return since

@@ -187,6 +187,11 @@ class DGAConfig:
                 f"block_size[1] ({self.block_size[1]}) with open_units={self.open_units}, got "
                 f"{self.unit_size}"
             )
+        if self.opens and not self.align:
+            raise ValueError(
+                "align: units open at the bounds of query blocks; expected True with open_units, "
+                "got False"
+            )
         if self.opens and not self.window:
             raise ValueError(
                 "window: a query must see itself raw; expected at least 1 with open_units, got 0"

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexdga.attention import dga_attention
+from flexdga.attention import dga_attention, make_plan
 from flexdga.compress import pool
 from flexdga.config import DGAConfig
 from flexdga.exact import attend_all
+from flexdga.far_units import FarUnits, near_log_mass, with_opened
 from flexdga.handoff import seen_after, slot_columns, slots_after
 from flexdga.indexing import compact, take, take_rows
 from flexdga.plan import NEVER, Documents
@@ -89,6 +90,9 @@ class LayerCache:
         """How many of them are pooled; the others are raw."""
         self._buffer: SlotBuffer | None = None
         self._whole: SlotBuffer | None = None  # all tokens, while they are few
+        self._far: FarUnits | None = None  # raw tokens to open again
+        if self.config.opens and self.config.keep_raw != "none" and not self._forever_dense:
+            self._far = FarUnits(self._causal)
         self._doc_first: Tensor  # (B, 1) int32, where each row's document begins
         self._pooled_at = -1  # the newest query at which something was pooled
         self._history: list[tuple[Saved, int, int]] = []  # before it: the rest, done, _pooled_at
@@ -112,7 +116,8 @@ class LayerCache:
         """Bytes of all that is kept, and of dense keys and values of the same tokens."""
         if self._buffer is None:
             return CacheMemory(0, 0)
-        kept = self._buffer.bytes() + (0 if self._whole is None else self._whole.bytes())
+        parts = (self._buffer, self._whole, self._far)
+        kept = sum(part.bytes() for part in parts if part is not None)
         return CacheMemory(kept, self._buffer.bytes_per_token() * self.seen)
 
     def attend(
@@ -160,6 +165,9 @@ class LayerCache:
                 self._check(query, key, value, document_ids)
             while at < total:  # in stretches in which no unit is handed over
                 count = min(total - at, self._next_due() - self.seen)
+                if self._far is not None:  # openings are those of one query block
+                    rows = self.config.block_size[0]
+                    count = min(count, rows - self.seen % rows)
                 new = slice(at, at + count)
                 parts.append(
                     self._extend(
@@ -175,9 +183,9 @@ class LayerCache:
         if self._buffer is None:
             return
         rows = rows.to(self._doc_first.device)
-        for buffer in (self._buffer, self._whole):
-            if buffer is not None:
-                buffer.select(rows)
+        for part in (self._buffer, self._whole, self._far):
+            if part is not None:
+                part.select(rows)
         self._doc_first = self._doc_first.index_select(0, rows)
         self._history.clear()
 
@@ -204,6 +212,9 @@ class LayerCache:
         self._buffer.forget(self.seen - left)
         if self._whole is not None:
             self._whole.forget(self._whole.live - left)
+        if self._far is not None:
+            self._far.cut(self.done // self.config.unit_size)
+            self._far.forget(left)
         self.seen = left
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor, ids: Tensor | None) -> None:
@@ -262,6 +273,12 @@ class LayerCache:
             bias[..., live - raw : live].masked_fill_(later[:, count - raw :], -math.inf)
         if real is not None:  # a query of padding sees all, so that no softmax is empty
             bias = torch.where(real[:, None, :, None], bias, 0.0)
+        opened = None
+        if self._far is not None and now is self._buffer:
+            near = near_log_mass(query, seen.key[:, :, : now.live], bias[..., : now.live], scale)
+            opened = self._far.open(query, near, self._doc_first, time, scale=scale)
+        if opened is not None:
+            seen, bias = with_opened(seen, bias, opened, now.raw_room, self.config.unit_size)
         at = None
         if score_mod is not None:
             at = torch.arange(time, time + count, dtype=torch.int32, device=key.device)
@@ -297,11 +314,16 @@ class LayerCache:
             )
         batch, length = key.shape[0], key.shape[2]
         plan = None
-        if length < self.config.dense_below:
+        whole = length < self.config.dense_below
+        if whole or self.config.prefill == "dense":
             out = dga_attention(
                 query, key, value, config=self.config, scale=scale, score_mod=score_mod,
                 document_ids=ids,
             )  # fmt: skip
+            if not whole:
+                plan = make_plan(
+                    query, key, value, config=self.config, scale=scale, document_ids=ids
+                )
         else:
             out, plan = dga_attention(
                 query, key, value, config=self.config, scale=scale, score_mod=score_mod,
@@ -324,6 +346,12 @@ class LayerCache:
                 self._pooled_at = self._due(self.done - self.config.unit_size)
         self.seen = length
         self._store(query, key, value, raw, slots)
+        if self._far is not None and self.done:
+            here = torch.where(real, self._doc_first, NEVER)[:, : self.done]
+            self._far.add(key[:, :, : self.done], value[:, :, : self.done], here)
+            assert plan is not None and plan.open is not None
+            block = (length - 1) // self.config.block_size[0]
+            self._far.begin(plan.open[:, :, block, : self._far.count], block)
         self._pool_due(length - 1, scale)
         return out
 
@@ -394,6 +422,9 @@ class LayerCache:
             past = (self._buffer.save(), self.done, self._pooled_at)
             self._history = [*self._history, past][-HISTORY:]
         slots = self._plan_and_pool((end - self.done) // unit, scale)
+        if self._far is not None:
+            columns, origins = self._buffer.raw(end - self.done)
+            self._far.add(columns.key, columns.value, origins.first[:, 0])
         self._buffer.pool(end - self.done, slots, self._steady)
         self.done, self._pooled_at = end, self._due(end - unit)
 

@@ -56,7 +56,7 @@ def slot_columns(pooled: Pooled, position: Tensor, alive: Tensor) -> Columns:
     """Focal copies, then groups, as (B, Hkv, F + G) columns; what is not alive is hidden."""
     bias = torch.zeros_like(alive, dtype=pooled.group_key.dtype)
     if pooled.entropy is not None:
-        bias[..., -pooled.entropy.shape[-1] :] = pooled.entropy.to(bias)
+        bias[..., pooled.focal_key.shape[2] :] = pooled.entropy.to(bias)
     return Columns(
         torch.cat([pooled.focal_key, pooled.group_key], 2),
         torch.cat([pooled.focal_value, pooled.group_value], 2),

@@ -66,6 +66,10 @@ def unit_documents(first: Tensor, after: Tensor, config: DGAConfig) -> Tensor:
 def far_log_mass(query: Tensor, units: Tensor, config: DGAConfig, scale: float) -> Tensor:
     """(B, H, C, N) estimated log of Σ exp(score) over each unit's tokens, for every query.
 
+    `box` takes a unit to be one token, somewhere between its mean key and the best corner of the
+    box: what is worth opening stands out of its unit. Counting the unit's tokens opened more and
+    found less.
+
     Args:
         query: (B, H, C, D).
         units: `Units.key`.
@@ -82,7 +86,7 @@ def far_log_mass(query: Tensor, units: Tensor, config: DGAConfig, scale: float) 
     score = score.view(batch, heads, count, -1)
     if config.open_by == "exact":
         return torch.logsumexp(score.unflatten(-1, (-1, size)), -1)
-    return score + math.log(size)
+    return score
 
 
 def near_log_mass(

@@ -310,7 +310,8 @@ def _intervals(
     unit = config.unit_size
 
     def from_when(last: Tensor) -> Tensor:
-        if config.scope == "causal":  # all of a unit waits for its last token
+        # All of a unit waits for its last token, where the unit decides or opens as a whole.
+        if config.scope == "causal" or config.opens:
             last = last // unit * unit + unit - 1
         return handover(last, config)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from helpers import TOLERANCE, qkv, relative_error, small
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 import score_mods
 from flexdga import DGACache, DGAConfig, dga_attention, dga_decode, reference
 from flexdga.decode import LayerCache
+from flexdga.plan import NEVER
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -67,6 +70,72 @@ def test_decoding_equals_causal_prefill(changes, chunks, heads, prompt, padded):
     got = decode(cache, inputs, prompt, chunks, ids)
     assert relative_error(got, want) < TOLERANCE[torch.float32]
     assert cache.seen == 261 and cache.done > 0
+
+
+OPENS = {"unit_size": 16, "group_size": 8, "open_mass": 0.02, "align": True}
+
+
+@settings(max_examples=8)
+@given(
+    changes=configs,
+    rest=st.sampled_from(["group", "drop"]),
+    opens=st.sampled_from([1, 3, None]),
+    open_by=st.sampled_from(["box", "exact"]),
+    chunks=st.sampled_from([(1,), (1, 7, 30, 3)]),
+    heads=st.sampled_from([(2, 2), (6, 2)]),
+    prompt=st.sampled_from([1, 40, 101]),
+    padded=st.booleans(),
+)
+def test_decoding_opens_what_a_causal_prefill_opens(
+    changes, rest, opens, open_by, chunks, heads, prompt, padded
+):
+    window = max(changes["window"], 1)
+    config = small(
+        **(changes | OPENS | {"window": window}), rest=rest, open_units=opens, open_by=open_by,
+        scope="causal", block_size=(32, 16),
+    )  # fmt: skip
+    query, key, value = qkv(2, *heads, 170)
+    query = 4 * query
+    ids = left_padded(2, 170) if padded else None
+    want, plan = dga_attention(query, key, value, config=config, document_ids=ids, return_plan=True)
+    assert (plan.open < NEVER).any()
+    got = decode(LayerCache(config), (query, key, value), prompt, chunks, ids)
+    assert relative_error(got, want) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(("keep_raw", "most"), [("cpu", 0.0), ("int8", 0.02), ("none", 3.0)])
+def test_raw_tokens_may_be_kept_elsewhere_smaller_or_not_at_all(keep_raw, most):
+    config = small(**OPENS, open_units=None, rest="drop", scope="causal")
+    query, key, value = qkv(2, 6, 2, 500)
+    query = 4 * query
+    full, other = (
+        LayerCache(dataclasses.replace(config, keep_raw=name)) for name in ("full", keep_raw)
+    )
+    want = decode(full, (query, key, value), 300)
+    got = decode(other, (query, key, value), 300)
+    error = relative_error(got[:, :, 300:], want[:, :, 300:])
+    assert error <= most and (error > 0) == (keep_raw != "cpu")
+    ratio = other.memory().bytes / full.memory().bytes
+    assert ratio == 1.0 if keep_raw == "cpu" else ratio < {"int8": 0.65, "none": 0.5}[keep_raw]
+
+
+def test_openings_survive_cropping_and_reordering():
+    config = small(**OPENS, open_units=2, scope="causal")
+    query, key, value = qkv(2, 4, 2, 330)
+    query = 4 * query
+    cache, straight = LayerCache(config), LayerCache(config)
+    cache.record_past = True
+    decode(cache, [t[:, :, :300] for t in (query, key, value)], 200)
+    cache.crop(23)  # over the bound of a query block
+    got = decode(cache, [t[:, :, 277:] for t in (query, key, value)], 1)
+    decode(straight, [t[:, :, :277] for t in (query, key, value)], 200)
+    want = decode(straight, [t[:, :, 277:] for t in (query, key, value)], 1)
+    assert relative_error(got, want) < TOLERANCE[torch.float32]
+    rows = torch.tensor([1, 1, 0])
+    cache.select(rows)
+    straight.select(rows)
+    more = [t[rows] for t in qkv(2, 4, 2, 3)]
+    assert relative_error(cache.attend(*more), straight.attend(*more)) < TOLERANCE[torch.float32]
 
 
 def test_decoding_equals_causal_prefill_by_similarity():

@@ -1,0 +1,248 @@
+"""Raw keys and values that left the window of a `LayerCache`, for queries that open them again.
+
+The same rule as in a prefill (`opening.py`): a query opens the units that seem to hold more than
+`open_mass` of its attention, and they stay open to the end of its query block.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexdga.config import DGAConfig
+from flexdga.indexing import compact, take_rows
+from flexdga.opening import far_log_mass, unit_features, wanted
+from flexdga.plan import NEVER
+from flexdga.storage import GROWTH, Columns
+
+BLOCKS = 8
+"""Query blocks whose openings are remembered, so that tokens can be taken back."""
+
+
+class Opened(NamedTuple):
+    """What new queries see of the far past.
+
+    Attributes:
+        open: (B, H, Q, N) bool, the units that each of them sees raw.
+        columns: (B, H, M·U, ...), the tokens of all that any of them sees, with the bias
+            (B, H, Q, M·U) of each query.
+    """
+
+    open: Tensor
+    columns: Columns
+
+
+class FarUnits:
+    """Whole units of raw tokens of one layer, oldest first.
+
+    Args:
+        config: `keep_raw`, `open_units`, `open_mass`, `open_by`, `block_size`.
+    """
+
+    def __init__(self, config: DGAConfig) -> None:
+        self.config = config
+        self.count = 0
+        self._tables: dict[int, Tensor] = {}  # query block: (B, H, N) int32, open from this query
+        self._kept: list[Tensor] = []  # keys and values, or numbers and scales of both
+        self._features: Tensor | None = None
+        self._first: Tensor  # (B, N) int32
+
+    def add(self, key: Tensor, value: Tensor, first: Tensor) -> None:
+        """Units that follow the others.
+
+        Args:
+            key: (B, Hkv, n·U, D).
+            value: (B, Hkv, n·U, Dv).
+            first: (B, n·U) first token of each token's document; NEVER for padding.
+        """
+        size = self.config.block_size[1]
+        first = first.unflatten(-1, (-1, size))
+        first = torch.where(first.amin(-1) == first.amax(-1), first[..., 0], NEVER)
+        kept = [part for x in (key, value) for part in self._pack(x)]
+        features = unit_features(key, self.config) if self.config.open_by == "box" else None
+        if not self.count:
+            self._kept, self._first = [t.clone() for t in kept], first.clone()
+            self._features = features
+        else:
+            self._kept = [
+                _append(old, new, self.count * size) for old, new in zip(self._kept, kept)
+            ]
+            self._first = torch.cat([self._first[:, : self.count], first], 1)
+            if features is not None and self._features is not None:
+                self._features = _append(self._features, features, self.count)
+        self.count += first.shape[1]
+
+    def begin(self, since: Tensor, block: int) -> None:
+        """What a prompt's last query block, number `block`, had open: (B, H, N) int32."""
+        self._tables = {block: since}
+
+    def forget(self, length: int) -> None:
+        """Take back all from token `length` on."""
+        self._tables = {
+            block: torch.where(since < length, since, NEVER)
+            for block, since in self._tables.items()
+            if block * self.config.block_size[0] < length
+        }
+
+    def cut(self, count: int) -> None:
+        """Keep the oldest `count` units."""
+        self.count = count
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these sequences of the batch, in this order."""
+        self._kept = [t.index_select(0, rows.to(t.device)) for t in self._kept]
+        self._tables = {block: t.index_select(0, rows) for block, t in self._tables.items()}
+        if self.count:
+            self._first = self._first.index_select(0, rows)
+        if self._features is not None:
+            self._features = self._features.index_select(0, rows)
+
+    def bytes(self) -> int:
+        """Of everything that is kept, on whichever device."""
+        kept = [*self._kept, *self._tables.values()]
+        kept += [] if self._features is None else [self._features]
+        return sum(t.numel() * t.element_size() for t in kept)
+
+    def open(
+        self, query: Tensor, near: Tensor, doc_first: Tensor, time: int, *, scale: float
+    ) -> Opened | None:
+        """Which units new queries of one query block see raw; None if none.
+
+        Args:
+            query: (B, H, Q, D).
+            near: (B, H, Q) log of Σ exp(score) over the raw tokens that the query sees.
+            doc_first: (B, 1) first token of each row's document.
+            time: position of the first query.
+            scale: of the scores.
+        """
+        if not self.count:
+            return None
+        config, rows = self.config, self.config.block_size[0]
+        block = time // rows
+        far = far_log_mass(query, self._units_of_keys(query.device), config, scale)
+        mine = self._first[:, : self.count]
+        may = ((mine == doc_first) & (mine != NEVER))[:, None].expand(-1, query.shape[2], -1)
+        want, share = wanted(far, near, may, config)
+        before = self._tables.get(block)
+        already = torch.zeros_like(want[:, :, 0]) if before is None else before < NEVER
+        if config.open_units is not None:
+            turn = torch.arange(query.shape[2], device=query.device)[:, None]
+            rank = torch.where(want, share - turn, -math.inf).amax(2)
+            rank = rank.masked_fill(already, math.inf)
+            best = rank.topk(min(config.open_units, self.count), dim=-1).indices
+            want = want & torch.zeros_like(already).scatter(-1, best, True)[:, :, None]
+        opened = want.cummax(2).values | already[:, :, None]
+        at = torch.arange(time, time + query.shape[2], dtype=torch.int32, device=query.device)
+        since = torch.where(want, at[:, None], NEVER).amin(2)
+        self._tables[block] = since if before is None else torch.minimum(since, before)
+        self._tables.pop(block - BLOCKS, None)
+        most = int(opened[:, :, -1].sum(-1).amax())
+        return Opened(opened, self._columns(opened, most)) if most else None
+
+    def _columns(self, opened: Tensor, most: int) -> Columns:
+        """Tokens of the units that are open to the last query, which are open to others or not."""
+        size = self.config.block_size[1]
+        unit = compact(opened[:, :, -1], most)
+        position = unit[..., None] * size + torch.arange(
+            size, dtype=torch.int32, device=unit.device
+        )
+        position = torch.where(unit[..., None] >= 0, position, -1).flatten(2)
+        seen = opened.gather(-1, _like(unit.clamp(min=0).long(), opened)) & (unit >= 0)[:, :, None]
+        half = len(self._kept) // 2
+        key, value = (
+            self._unpack(part, position) for part in (self._kept[:half], self._kept[half:])
+        )
+        hidden = ~seen.repeat_interleave(size, -1)
+        bias = torch.zeros_like(hidden, dtype=key.dtype).masked_fill(hidden, -math.inf)
+        return Columns(key, value, bias, position)
+
+    def _units_of_keys(self, device: torch.device) -> Tensor:
+        if self._features is not None:
+            return self._features[:, :, : self.count]
+        keys = self._kept[: len(self._kept) // 2]
+        cut = [t[:, :, : self.count * self.config.block_size[1]] for t in keys]
+        return _restored(cut).to(device)
+
+    def _pack(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.config.keep_raw == "int8":
+            scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
+            return (x / scale).round().to(torch.int8), scale
+        return (x.cpu() if self.config.keep_raw == "cpu" else x,)
+
+    def _unpack(self, kept: list[Tensor], position: Tensor) -> Tensor:
+        """Rows (B, H, P, D) of (B, Hkv, T, ·) tensors; -1 reads row 0."""
+        rep = position.shape[1] // kept[0].shape[1]
+        # A KV head's rows for its query heads side by side: nothing is repeated first.
+        index = position.unflatten(1, (-1, rep)).to(kept[0].device)
+        rows = [take_rows(t, index) for t in kept]
+        return _restored(rows).flatten(1, 2).to(position.device)
+
+
+def near_log_mass(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """(B, H, Q) log of Σ exp(score) over raw tokens.
+
+    Args:
+        query: (B, H, Q, D).
+        key: (B, Hkv, R, D).
+        bias: (B, Hkv or 1, Q or 1, R); -inf hides a key.
+        scale: of the scores.
+    """
+    rep = query.shape[1] // key.shape[1]
+    score = (query.unflatten(1, (-1, rep)) @ key[:, :, None].mT).float() * scale
+    return torch.logsumexp(score + bias[:, :, None], -1).flatten(1, 2)
+
+
+def with_opened(
+    seen: Columns, bias: Tensor, opened: Opened, raw_room: int, size: int
+) -> tuple[Columns, Tensor]:
+    """Columns of every query head with what is open, and without the slots of that.
+
+    Args:
+        seen: (B, Hkv, S, ...), slots from column `raw_room` on.
+        bias: (B, Hkv or 1, Q or 1, S).
+        opened: for these queries.
+        raw_room: where slots begin.
+        size: tokens of a unit.
+
+    Returns:
+        (B, H, S + M·U, ...) columns and (B, H, Q, S + M·U) bias.
+    """
+    heads, count = opened.open.shape[1:3]
+    rep = heads // seen.key.shape[1]
+    key, value, position = (
+        t.repeat_interleave(rep, 1) for t in (seen.key, seen.value, seen.position)
+    )
+    bias = bias.expand(-1, seen.key.shape[1], count, -1).repeat_interleave(rep, 1)
+    home = (position[..., raw_room:].clamp(min=0) // size).long()
+    hidden = opened.open.gather(-1, _like(home, opened.open))
+    slots = bias[..., raw_room:].masked_fill(hidden, -math.inf)
+    more = opened.columns
+    columns = Columns(
+        torch.cat([key, more.key], 2),
+        torch.cat([value, more.value], 2),
+        seen.bias,
+        torch.cat([position, more.position], 2),
+    )
+    return columns, torch.cat([bias[..., :raw_room], slots, more.bias], -1)
+
+
+def _restored(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else parts[0].to(parts[1]) * parts[1]
+
+
+def _like(index: Tensor, table: Tensor) -> Tensor:
+    """(B, H, M) to (B, H, Q, M)."""
+    return index[:, :, None].expand(-1, -1, table.shape[2], -1)
+
+
+def _append(buffer: Tensor, new: Tensor, used: int) -> Tensor:
+    """`new` (B, H, n, D) behind the first `used` columns; a full buffer is replaced by a larger."""
+    need = used + new.shape[2]
+    if need > buffer.shape[2]:
+        buffer = F.pad(buffer[:, :, :used], (0, 0, 0, int(need * GROWTH) - used))
+    buffer[:, :, used:need] = new
+    return buffer

@@ -186,7 +186,9 @@ def _plan(
         )  # fmt: skip
         if not config.opens:
             return plan
-        table = open_table(query, key, docs, config=config, scale=scale, run=_run)
+        table = open_table(
+            query, key, docs, config=config, is_causal=is_causal, scale=scale, run=_run
+        )
         return dataclasses.replace(plan, open=table)
 
 

@@ -60,8 +60,6 @@ def check_inputs(
         raise ValueError(f"value: expected a head_dim of at least 1, got {_shape(value)}")
     if not is_causal and config.scope == "causal":
         raise ValueError("is_causal: expected True with config.scope='causal', got False")
-    if not is_causal and config.opens:
-        raise ValueError("is_causal: expected True with config.open_units, got False")
     if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
         raise ValueError(f"scale: expected a finite number or None, got {scale!r}")
     if score_mod is not None and not callable(score_mod):

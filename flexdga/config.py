@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -24,6 +25,9 @@ Prefill = Literal["sparse", "dense"]
 Scope = Literal["prompt", "causal"]
 ProbePlacement = Literal["even", "tail"]
 
+AUTO_BUDGETS = ((0.06, 0.4), (0.10, 0.12), (0.15, 0.06), (0.22, 0.035), (0.5, 0.006))
+"""Cost over 4096 tokens of English in SmolLM2-135M, and the `open_mass` that gives it."""
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "importance": get_args(Importance),
     "grouping": get_args(Grouping),
@@ -40,9 +44,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DGAConfig:
-    """How tokens become focal, how the others are grouped, and when queries stop seeing them raw.
+    """Which tokens stay exact, what stands for the others, and which of them queries open again.
 
-    The defaults are the best training-free setting measured on a real model; `DGAConfig.paper()`
+    The defaults are the best training-free setting measured on a real model (a window, and the
+    units that a query opens); `DGAConfig.paper()`
     is the published algorithm, `DGAConfig.cca()` its predecessor. "Paper" below is Dynamic Group
     Attention (arXiv 2505.22107).
 
@@ -104,9 +109,9 @@ class DGAConfig:
     """
 
     group_size: int = 16
-    focal_ratio: float = 1 / 16
+    focal_ratio: float = 0.0
     focal_budget: int | None = None
-    window: int = 128
+    window: int = 64
     sinks: int = 4
     probes: int = 64
     probe_placement: ProbePlacement = "even"
@@ -114,16 +119,16 @@ class DGAConfig:
     grouping: Grouping = "sequence"
     group_weights: GroupWeights = "last_query"
     group_bias: GroupBias = "none"
-    rest: Rest = "group"
-    open_units: int | None = 0
-    open_mass: float = 0.05
+    rest: Rest = "drop"
+    open_units: int | None = None
+    open_mass: float = 0.06
     open_by: OpenBy = "box"
     keep_raw: KeepRaw = "full"
     prefill: Prefill = "sparse"
     scope: Scope = "prompt"
-    unit_size: int = 128
+    unit_size: int = 32
     align: bool = True
-    block_size: tuple[int, int] = (128, 128)
+    block_size: tuple[int, int] = (32, 32)
     dense_below: int = 6144
 
     def __post_init__(self) -> None:
@@ -244,6 +249,27 @@ class DGAConfig:
         return cls(**(base | changes))
 
     @classmethod
+    def auto(cls, budget: float, **changes: Any) -> DGAConfig:
+        """The best setting found for a budget, to be checked on one's own model.
+
+        Args:
+            budget: score entries to compute, as a share of dense causal attention's over 4096
+                tokens; about two thirds of it over 8192. What a text really costs is decided by
+                `open_mass` as it is read, and differs from layer to layer: `Plan.cost` says it.
+            changes: override.
+
+        Raises:
+            ValueError: the budget is not between 0.06 and 0.5.
+        """
+        low, high = AUTO_BUDGETS[0][0], AUTO_BUDGETS[-1][0]
+        if not low <= budget <= high:
+            raise ValueError(f"budget: expected {low} to {high}, got {budget!r}")
+        pairs = itertools.pairwise(AUTO_BUDGETS)
+        (x0, y0), (x1, y1) = next(pair for pair in pairs if budget <= pair[1][0])
+        base: dict[str, Any] = {"open_mass": y0 * (y1 / y0) ** ((budget - x0) / (x1 - x0))}
+        return cls(**(base | changes))
+
+    @classmethod
     def cca(cls, **changes: Any) -> DGAConfig:
         """Core Context Aware attention (arXiv 2412.12465): fixed groups and a raw window.
 
@@ -308,13 +334,12 @@ class DGAConfig:
         """
         base: dict[str, Any] = {
             "open_units": open_units, "open_mass": 0.0, "focal_ratio": 0.0, "window": window,
-            "unit_size": 32, "block_size": (32, 32),
         }  # fmt: skip
         return cls._exact_or_dropped(**(base | changes))
 
     @classmethod
     def _exact_or_dropped(cls, **fields: Any) -> DGAConfig:
-        base: dict[str, Any] = {"rest": "drop", "dense_below": 0}
+        base: dict[str, Any] = {"rest": "drop", "open_units": 0, "dense_below": 0}
         return cls(**(base | fields))
 
     # Derived once; fields and not properties, so that compilers find constants in them.

@@ -125,13 +125,14 @@ class FarUnits:
         block = time // rows
         far = far_log_mass(query, self._units_of_keys(query.device), config, scale)
         mine = self._first[:, : self.count]
-        may = ((mine == doc_first) & (mine != NEVER))[:, None].expand(-1, query.shape[2], -1)
-        want, share = wanted(far, near, may, config)
+        may = (mine == doc_first) & (mine != NEVER)
+        far = far.masked_fill(~may[:, None, None], -math.inf)
+        want, total = wanted(far, near, config)
         before = self._tables.get(block)
         already = torch.zeros_like(want[:, :, 0]) if before is None else before < NEVER
         if config.open_units is not None:
             turn = torch.arange(query.shape[2], device=query.device)[:, None]
-            rank = torch.where(want, share - turn, -math.inf).amax(2)
+            rank = torch.where(want, torch.exp(far - total[..., None]) - turn, -math.inf).amax(2)
             rank = rank.masked_fill(already, math.inf)
             best = rank.topk(min(config.open_units, self.count), dim=-1).indices
             want = want & torch.zeros_like(already).scatter(-1, best, True)[:, :, None]

@@ -90,7 +90,14 @@ def far_log_mass(query: Tensor, units: Tensor, config: DGAConfig, scale: float) 
 
 
 def near_log_mass(
-    query: Tensor, key: Tensor, first: Tensor, block: Tensor, config: DGAConfig, scale: float
+    query: Tensor,
+    key: Tensor,
+    first: Tensor,
+    block: Tensor,
+    *,
+    config: DGAConfig,
+    is_causal: bool,
+    scale: float,
 ) -> Tensor:
     """(B, H, T·I) log of Σ exp(score) over the tokens of each query that are too near to open.
 
@@ -100,14 +107,16 @@ def near_log_mass(
         first: (B, L) first token of each token's document.
         block: (T,) int32, the numbers of these query blocks.
         config: the choices.
+        is_causal: whether queries see only the tokens up to themselves.
         scale: of the scores.
     """
     batch, heads, count, _ = query.shape
     kv_heads, rows = key.shape[1], config.block_size[0]
-    width = rows + near_span(config)
+    span = config.window + config.block_size[1]
+    width = rows + (span if is_causal else 2 * span)
     offset = torch.arange(width, dtype=torch.int32, device=key.device)
-    pos_TW = (block[:, None] + 1) * rows - width + offset
-    index = pos_TW.clamp(min=0)
+    pos_TW = block[:, None] * rows - span + offset
+    index = pos_TW.clamp(min=0, max=key.shape[2] - 1)
     k_BGTWD = take_rows(key, index.expand(batch, kv_heads, -1, -1))
     q_BGRTID = query.view(batch, kv_heads, -1, count // rows, rows, query.shape[-1])
     q_BGTXD = q_BGRTID.transpose(2, 3).flatten(3, 4)  # X = R·I
@@ -115,44 +124,53 @@ def near_log_mass(
     score = score.unflatten(3, (-1, rows)).transpose(2, 3)  # (B, G, R, T, I, W)
 
     at_TI = block[:, None] * rows + torch.arange(rows, dtype=torch.int32, device=key.device)
-    begin_T = far_units(block * rows, config) * config.block_size[1]
-    seen = (pos_TW[:, None] <= at_TI[..., None]) & (pos_TW >= begin_T[:, None])[:, None]
+    before_T, after_T = far_units(block * rows, config)
+    size = config.block_size[1]
+    seen_TW = (pos_TW >= before_T[:, None] * size) & (pos_TW < after_T[:, None] * size)
+    seen_TW = seen_TW & (pos_TW >= 0) & (pos_TW < key.shape[2])
     same = first[:, index.long()][:, :, None] == first[:, at_TI.long()][..., None]
-    seen = seen & (pos_TW >= 0)[:, None] & same  # (B, T, I, W)
+    seen = same & seen_TW[:, None]  # (B, T, I, W)
+    if is_causal:
+        seen = seen & (pos_TW[:, None] <= at_TI[..., None])
     score = score.masked_fill(~seen[:, None, None], -math.inf)
     return torch.logsumexp(score, -1).reshape(batch, heads, count)
 
 
-def near_span(config: DGAConfig) -> int:
-    """Tokens before a query block that may be too near for it to open."""
-    return config.window + config.block_size[1]
+def far_units(first_query: Tensor, config: DGAConfig) -> tuple[Tensor, Tensor]:
+    """Which units a query block may open: how many before it, and those from this one on after it.
+
+    They are those that the whole block sees through their slots. Causal attention has none after.
+    """
+    rows, size = config.block_size
+    before = (first_query - config.window + 1).clamp(min=0) // size
+    return before, -(-(first_query + rows + config.window - 1) // size)
 
 
-def far_units(first_query: Tensor, config: DGAConfig) -> Tensor:
-    """How many units are wholly handed over by the first query of a block: it may open these."""
-    return (first_query - config.window + 1).clamp(min=0) // config.block_size[1]
-
-
-def wanted(far: Tensor, near: Tensor, open_to: Tensor, config: DGAConfig) -> tuple[Tensor, Tensor]:
-    """Which units each query asks for, and their share of its attention.
+def wanted(far: Tensor, near: Tensor, config: DGAConfig) -> tuple[Tensor, Tensor]:
+    """Which units each query asks for, and the log of all its mass.
 
     Args:
-        far: (B, H, C, N) from `far_log_mass`.
-        near: (B, H, C) log mass of what is not far.
-        open_to: (B, C, N) bool, the units that the query may open.
+        far: (..., N) from `far_log_mass`; -inf for units that the query may not open.
+        near: (...) log mass of what is not far.
         config: `open_mass`.
 
     Returns:
-        (B, H, C, N) bool, and (B, H, C, N) float32 shares.
+        (..., N) bool and (...) float32.
     """
-    far = far.masked_fill(~open_to[:, None], -math.inf)
     total = torch.logaddexp(torch.logsumexp(far, -1), near)
-    share = torch.exp(far - total[..., None])
-    return open_to[:, None] & (share > config.open_mass), share
+    least = math.log(config.open_mass) if config.open_mass else -math.inf
+    return far > (total + least)[..., None], total
 
 
 def open_table(
-    query: Tensor, key: Tensor, docs: Documents, *, config: DGAConfig, scale: float, run: Run
+    query: Tensor,
+    key: Tensor,
+    docs: Documents,
+    *,
+    config: DGAConfig,
+    is_causal: bool,
+    scale: float,
+    run: Run,
 ) -> Tensor:
     """`openings` of a whole sequence, a stretch of queries at a time: (B, H, L / I, L / U).
 
@@ -163,6 +181,7 @@ def open_table(
         key: (B, Hkv, L, D).
         docs: the documents.
         config: the choices.
+        is_causal: whether queries see only the tokens up to themselves.
         scale: of the scores.
         run: how to call `openings`.
     """
@@ -171,7 +190,10 @@ def open_table(
     units = Units(unit_features(key, config), unit_documents(docs.first, docs.after, config))
     number = torch.arange(blocks, dtype=torch.int32, device=key.device)
     if torch.compiler.is_compiling():
-        made = openings(query, key, docs.first, units, number, config=config, scale=scale)
+        made = openings(
+            query, key, docs.first, units, number,
+            config=config, is_causal=is_causal, packed=docs.packed, scale=scale,
+        )  # fmt: skip
         # The kernel's mask captures it, and Inductor takes the result of a `cat` as it is.
         return torch.cat([made[:, :, :1], made[:, :, 1:]], 2)
     parts = -(-blocks * rows // STRETCH)
@@ -180,11 +202,11 @@ def open_table(
     table = []
     for begin, end in itertools.pairwise(edges):
         # Units that no block of the stretch can open are left out, in whole multiples of few.
-        reach = -(-end * rows // size // 16) * 16
+        reach = -(-end * rows // size // 16) * 16 if is_causal else units.first.shape[1]
         near = Units(units.key[:, :, : reach * per_unit], units.first[:, :reach])
         part = run(
             openings, query[:, :, begin * rows : end * rows], key, docs.first, near,
-            number[begin:end], config=config, scale=scale,
+            number[begin:end], config=config, is_causal=is_causal, packed=docs.packed, scale=scale,
         )  # fmt: skip
         table.append(F.pad(part, (0, units.first.shape[1] - part.shape[-1]), value=NEVER))
     return torch.cat(table, 2)
@@ -198,6 +220,8 @@ def openings(
     block: Tensor,
     *,
     config: DGAConfig,
+    is_causal: bool,
+    packed: bool,
     scale: float,
 ) -> Tensor:
     """From which query on each of these query blocks sees each unit raw.
@@ -209,32 +233,47 @@ def openings(
         units: the first N units at least as far as these blocks may open them.
         block: (T,) int32, the numbers of the query blocks.
         config: the choices.
+        is_causal: whether queries see only the tokens up to themselves.
+        packed: whether a row may hold several documents, or padding on the left.
         scale: of the scores.
 
     Returns:
-        (B, H, T, N) int32, NEVER where the unit stays closed. In `prompt` scope a block opens
-        its units from its first query on.
+        (B, H, T, N) int32, NEVER where the unit stays closed. In `prompt` scope all queries of the
+        document in a block see what it opens.
     """
     rows = config.block_size[0]
-    far = far_log_mass(query, units.key, config, scale)
-    near = near_log_mass(query, key, first, block, config, scale)
-    at_TI = block[:, None] * rows + torch.arange(rows, dtype=torch.int32, device=key.device)
-    doc_BTI = first[:, at_TI.long()]
-    # A block in which a document ends opens for the next one alone: the table has no end.
-    mine_BTI = doc_BTI == torch.where(doc_BTI == NEVER, -1, doc_BTI).amax(-1, keepdim=True)
+    before_T, after_T = far_units(block * rows, config)
     number = torch.arange(units.first.shape[-1], dtype=torch.int32, device=key.device)
-    far_TN = number < far_units(block * rows, config)[:, None]
-    same_BTIN = (units.first[:, None, None] == doc_BTI[..., None]) & mine_BTI[..., None]
-    open_to = same_BTIN & far_TN[:, None] & (units.first != NEVER)[:, None, None]
-    want, share = wanted(far, near, open_to.flatten(1, 2), config)
-    want, share = want.unflatten(2, (-1, rows)), share.unflatten(2, (-1, rows))
-    since = torch.where(want, at_TI[..., None], NEVER).amin(3)
+    far_TN = number < before_T[:, None]
+    if not is_causal:
+        far_TN = far_TN | (number >= after_T[:, None])
+    open_to = far_TN[:, None]
+    at_TI = block[:, None] * rows + torch.arange(rows, dtype=torch.int32, device=key.device)
+    begin_T = block * rows
+    if packed or not is_causal:
+        doc_BTI = first[:, at_TI.long()]
+        # A block in which a document ends opens for the next one alone: the table has no end.
+        last_BT = torch.where(doc_BTI == NEVER, -1, doc_BTI).amax(-1)
+        doc_BTI = torch.where(doc_BTI == last_BT[..., None], doc_BTI, -1)
+        same_BTIN = units.first[:, None, None] == doc_BTI[..., None]
+        open_to = (open_to & same_BTIN)[:, None]
+        begin_T = torch.maximum(begin_T, last_BT)[:, None, :, None]
+    else:
+        begin_T = begin_T[:, None]
+    far = far_log_mass(query, units.key, config, scale).unflatten(2, (-1, rows))
+    far = far.masked_fill(~open_to, -math.inf)
+    near = near_log_mass(
+        query, key, first, block, config=config, is_causal=is_causal, scale=scale
+    ).unflatten(2, (-1, rows))
+    want, total = wanted(far, near, config)
     if config.scope == "prompt":
-        since = torch.where(since < NEVER, (block * rows)[:, None], NEVER)
+        since = torch.where(want.any(3), begin_T, NEVER)
+    else:
+        since = torch.where(want, at_TI[..., None], NEVER).amin(3)
     if config.open_units is not None:
         # Who asks first is served first; among those who ask together the larger share is.
         turn = 0.0 if config.scope == "prompt" else torch.arange(rows, device=key.device)[:, None]
-        rank = torch.where(want, share - turn, -math.inf).amax(3)
+        rank = torch.where(want, torch.exp(far - total[..., None]) - turn, -math.inf).amax(3)
         best = rank.topk(min(config.open_units, rank.shape[-1]), dim=-1).indices
         keep = torch.zeros_like(rank, dtype=torch.bool).scatter(-1, best, True)
         since = torch.where(keep, since, NEVER)

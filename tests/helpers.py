@@ -11,6 +11,9 @@ SMALL = {
     "group_size": 8,
     "window": 16,
     "dense_below": 0,
+    "focal_ratio": 1 / 16,
+    "rest": "group",
+    "open_units": 0,
 }
 """Settings under which a few hundred tokens show every feature."""
 

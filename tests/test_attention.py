@@ -70,7 +70,6 @@ def test_equals_reference(
     if rest == "drop" and not planner["window"]:
         planner = planner | {"window": 1}
     config = small(**(planner | opener), **kernel, rest=rest)
-    causal = causal or config.opens
     out, _ = check(inputs, config, is_causal=causal, **arguments)
     assert (out.transpose(1, 2)[ids < 0] == 0).all()
 

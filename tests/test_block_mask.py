@@ -25,7 +25,6 @@ pytestmark = pytest.mark.usefixtures("eager")
 )
 def test_blocks_agree_with_the_mask(planner, opener, layout, causal, blocks):
     config = small(**(planner | opener), block_size=(blocks, 16))
-    causal = causal or config.opens
     arguments, _ = layout_arguments(layout, 2, 150)
     inputs = qkv(batch=2, heads=4, length=150)
     plan = make_plan(*inputs, config=config, is_causal=causal, **arguments)

@@ -33,6 +33,7 @@ openers = st.fixed_dictionaries(
         "window": st.sampled_from([1, 7, 16, 40]),
         "group_size": st.sampled_from([4, 8]),
         "grouping": st.just("sequence"),
+        "align": st.just(True),
     }
 )
 layouts = st.sampled_from(["plain", "lengths", "left", "packed"])
@@ -135,12 +136,13 @@ def test_a_query_opens_the_unit_that_it_needs():
         assert seen[250:256].all() and not seen[240:250].any() and not seen[256:].any()
 
 
-@given(planner=planners, layout=layouts, length=lengths)
-def test_bidirectional_plans_show_every_token_exactly_once(planner, layout, length):
+@given(planner=planners, opener=st.one_of(st.just({}), openers), layout=layouts, length=lengths)
+def test_bidirectional_plans_show_every_token_exactly_once(planner, opener, layout, length):
     given_layout, ids = layout_arguments(layout, 2, length)
     plan = make_plan(
-        *qkv(batch=2, length=length), config=small(**planner), is_causal=False, **given_layout
-    )
+        *qkv(batch=2, length=length), config=small(**(planner | opener)), is_causal=False,
+        **given_layout,
+    )  # fmt: skip
     assert_covered(plan, ids, is_causal=False)
 
 

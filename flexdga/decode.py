@@ -19,11 +19,10 @@ from flexdga.compress import pool
 from flexdga.config import DGAConfig
 from flexdga.exact import attend_all
 from flexdga.far_units import FarUnits, near_log_mass, with_opened
-from flexdga.handoff import seen_after, slot_columns, slots_after
+from flexdga.handoff import seen_after, slot_columns, slots_after, without_dead
 from flexdga.indexing import compact, take, take_rows
 from flexdga.plan import NEVER, Documents
 from flexdga.planner import (
-    focal_slots_per_unit,
     group_slots_per_unit,
     handover,
     lookahead,
@@ -78,7 +77,7 @@ class LayerCache:
         reads_queries = config.needs_importance or config.group_weights == "last_query"
         self._keeps_queries = reads_queries and not self._forever_dense
         unit = config.unit_size
-        self._unit_slots = focal_slots_per_unit(self._causal) + group_slots_per_unit(config)
+        self._unit_slots = self._causal.focal_per_unit + group_slots_per_unit(config)
         self._steady = max(handover(unit - 1, self._causal), unit + lookahead(self._causal))
         self.reset()
 
@@ -255,6 +254,7 @@ class LayerCache:
             self._doc_first = torch.where(begun, self._doc_first, time + _first_real(real))
         # Cropping may take the text below `dense_below` again.
         if time + 1 >= self.config.dense_below + (HELD if self.record_past else 0):
+            self._keep_far()
             self._whole = None
         for buffer in (self._buffer, self._whole):
             if buffer is not None:
@@ -275,6 +275,7 @@ class LayerCache:
             bias = torch.where(real[:, None, :, None], bias, 0.0)
         opened = None
         if self._far is not None and now is self._buffer:
+            self._keep_far()
             near = near_log_mass(query, seen.key[:, :, : now.live], bias[..., : now.live], scale)
             opened = self._far.open(query, near, self._doc_first, time, scale=scale)
         if opened is not None:
@@ -287,6 +288,17 @@ class LayerCache:
             query_position=at, key_position=seen.position,
         )  # fmt: skip
         return out if real is None else out * real[:, None, :, None]
+
+    def _keep_far(self) -> None:
+        """Units that were pooled while the whole text was there anyway."""
+        if self._far is None or self._whole is None:
+            return
+        begin = self._far.count * self.config.unit_size
+        if begin < self.done:
+            columns, origins = self._whole.raw(self.done)
+            self._far.add(
+                columns.key[:, :, begin:], columns.value[:, :, begin:], origins.first[:, 0, begin:]
+            )
 
     def _seen_now(self, length: int) -> SlotBuffer:
         """What the last query of a text of that length attends to."""
@@ -422,7 +434,7 @@ class LayerCache:
             past = (self._buffer.save(), self.done, self._pooled_at)
             self._history = [*self._history, past][-HISTORY:]
         slots = self._plan_and_pool((end - self.done) // unit, scale)
-        if self._far is not None:
+        if self._far is not None and self._whole is None:
             columns, origins = self._buffer.raw(end - self.done)
             self._far.add(columns.key, columns.value, origins.first[:, 0])
         self._buffer.pool(end - self.done, slots, self._steady)
@@ -465,7 +477,9 @@ class LayerCache:
         middle = torch.where(here, take(place, members), 0).sum(-1) // size.clamp(min=1)
         position = torch.cat([take(place, focal), middle.int()], -1)
         made = slot_columns(pooled, position, torch.cat([focal >= 0, size > 0], -1))
-        return Columns(*(t.view(batch, kv_heads, *t.shape[2:]) for t in made))
+        slots = Columns(*(t.view(batch, kv_heads, *t.shape[2:]) for t in made))
+        # Room for sinks in every unit, which only a document's first one has, would add up.
+        return without_dead(slots) if config.focal_per_unit < config.sinks else slots
 
 
 def _first_real(real: Tensor) -> Tensor:

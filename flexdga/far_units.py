@@ -89,8 +89,8 @@ class FarUnits:
         }
 
     def cut(self, count: int) -> None:
-        """Keep the oldest `count` units."""
-        self.count = count
+        """Keep the oldest `count` units at most."""
+        self.count = min(self.count, count)
 
     def select(self, rows: Tensor) -> None:
         """Keep these sequences of the batch, in this order."""

@@ -42,13 +42,18 @@ def slots_after(
         plan.member_score,
         weights=config.group_weights, mass=config.group_bias == "mass", scale=scale,
     )  # fmt: skip
-    both = slot_columns(pooled, plan.position[..., plan.length :], alive)
+    return without_dead(slot_columns(pooled, plan.position[..., plan.length :], alive))
+
+
+def without_dead(columns: Columns) -> Columns:
+    """As few columns as the head with most slots alive needs; the others fill up with dead ones."""
+    alive = columns.position >= 0
     keep = compact(alive, int(alive.sum(-1).amax()))
     return Columns(
-        take_rows(both.key, keep),
-        take_rows(both.value, keep),
-        take(both.bias, keep).masked_fill(keep < 0, -math.inf),
-        take(both.position, keep),
+        take_rows(columns.key, keep),
+        take_rows(columns.value, keep),
+        take(columns.bias, keep).masked_fill(keep < 0, -math.inf),
+        take(columns.position, keep).masked_fill(keep < 0, -1),
     )
 
 

@@ -244,14 +244,18 @@ def test_a_short_text_stays_dense_until_it_is_long():
 
 def test_while_it_is_dense_little_more_is_kept_than_the_text():
     inputs = qkv(1, 4, 2, 2000)
-    cache = LayerCache(DGAConfig(dense_below=4000, probes=8))
+    cache = LayerCache(DGAConfig(dense_below=4000))
     cache.attend(*inputs)
     assert cache.num_slots == 0 and cache.num_raw == 2000
     assert 1 < cache.memory().ratio < 1 + 1 / 8 + (256 * 2 + 3 * 64) / 2000
+    for length in (1, 1900, 200):  # until it is long
+        cache.attend(*qkv(1, 4, 2, length))
+    assert cache.memory().ratio < 1.25 + 1 / 16 + 300 / 4100  # room, features, window
 
 
-def test_cropping_may_make_a_long_text_short_again():
-    config = small(dense_below=150, scope="causal")
+@pytest.mark.parametrize("opens", [{}, OPENS | {"open_units": None}], ids=["closed", "open"])
+def test_cropping_may_make_a_long_text_short_again(opens):
+    config = small(**opens, dense_below=150, scope="causal")
     inputs, wrong = qkv(1, 4, 2, 200), qkv(1, 4, 2, 30)
     cache, plain = LayerCache(config), LayerCache(config)
     cache.record_past = True
@@ -305,7 +309,10 @@ def test_sequences_can_be_reordered():
 
 
 def test_memory_falls_to_the_share_of_slots():
-    config = DGAConfig(dense_below=0, scope="causal", probes=8)
+    config = DGAConfig(
+        dense_below=0, scope="causal", probes=8, rest="group", focal_ratio=1 / 16, unit_size=128,
+        open_units=0, window=128,
+    )  # fmt: skip
     query, key, value = qkv(1, 2, 2, 4096)
     cache = LayerCache(config)
     cache.attend(query, key, value)

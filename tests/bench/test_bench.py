@@ -124,8 +124,9 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_config_values_are_read_as_their_fields_types() -> None:
     pairs = ["focal_ratio=0.25", "focal_budget=none", "align=no", "block_size=64,128", "window=7"]
+    pairs += ["open_units=0"]
     assert options.parse_config(pairs, dense_below=0) == DGAConfig(
-        focal_ratio=0.25, align=False, block_size=(64, 128), window=7, dense_below=0
+        focal_ratio=0.25, align=False, block_size=(64, 128), window=7, open_units=0, dense_below=0
     )
     assert options.parse_config(["preset=paper", "group_size=8"]) == DGAConfig.paper(group_size=8)
     assert options.non_default_fields(DGAConfig(sinks=1)) == {"sinks": 1}

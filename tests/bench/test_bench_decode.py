@@ -9,7 +9,7 @@ import pytest
 from flexdga_bench.cli import main
 from tiny_model import save_tiny_model
 
-CONFIG = ["dense_below=100", "window=16", "unit_size=32", "block_size=16,16"]
+CONFIG = ["dense_below=100", "window=16", "unit_size=16", "block_size=16,16", "open_units=0"]
 
 
 @pytest.mark.usefixtures("eager")

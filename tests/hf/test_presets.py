@@ -24,8 +24,14 @@ ROUNDING = TOLERANCE[torch.float32]
 LOGITS = 1e-4
 """Absolute, as in test_matrix: float32 summed in another order, through two random layers."""
 GROUPING = {"group_size": 8, "unit_size": 32}
+OPENING = {"window": 16, "dense_below": 0, "open_units": 2}
 PRESETS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "default": (DGAConfig, GROUPING | {"window": 16, "dense_below": 0}),
+    "default": (DGAConfig, OPENING),
+    "grouping": (
+        DGAConfig,
+        GROUPING
+        | {"rest": "group", "focal_ratio": 0.1, "open_units": 0, "window": 16, "dense_below": 0},
+    ),
     "paper": (DGAConfig.paper, {"group_size": 8, "unit_size": 18}),
     "cca": (DGAConfig.cca, GROUPING | {"window": 32}),
     "dense": (DGAConfig.dense, {}),
@@ -34,16 +40,16 @@ PRESETS: dict[str, tuple[Any, dict[str, Any]]] = {
     "h2o": (DGAConfig.h2o, {"window": 24, "unit_size": 32}),
     "snapkv": (DGAConfig.snapkv, {"window": 24, "unit_size": 32}),
     "block_selection": (DGAConfig.block_selection, {"open_units": 2, "window": 24}),
-    "opening": (DGAConfig, {"group_size": 8, "window": 16, "dense_below": 0, "open_units": 2}),
+    "opening": (
+        DGAConfig,
+        {"rest": "group", "group_size": 8, "window": 16, "dense_below": 0, "open_units": 2},
+    ),
 }
 SINKS = {"streaming_llm": 4, "lm_infinite": 16, "h2o": 0, "snapkv": 0}  # the rest is dropped
 DENSE = ["dense", "snapkv"]  # over a prompt
-OPENS = ["block_selection", "opening"]
-OPENS_DECODE = OPENS
 
 SCOPES = ["prompt", "causal"]  # snapkv, whose last queries choose, has no causal one
 CASES = [(name, s) for name in PRESETS for s in SCOPES if (name, s) != ("snapkv", "causal")]
-DECODED = [(name, s) for name, s in CASES if name not in OPENS or name in OPENS_DECODE]
 every_case = pytest.mark.parametrize(("name", "scope"), CASES)
 
 LENGTH = 192
@@ -250,7 +256,7 @@ def test_plain_models(name, scope, monkeypatch):
 
 
 @pytest.mark.parametrize(("prompt", "padded"), [(1, False), (100, True)])
-@pytest.mark.parametrize("name", [name for name, s in DECODED if s == "causal"])
+@pytest.mark.parametrize("name", [name for name, s in CASES if s == "causal"])
 def test_decoding_equals_prefill(name, prompt, padded):
     config, inputs = preset(name, scope="causal"), qkv(2, 4, 2, LENGTH)
     ids, cache = PADDED * padded, LayerCache(config)
@@ -259,7 +265,7 @@ def test_decoding_equals_prefill(name, prompt, padded):
     assert (cache.done > 120) == (name != "dense")
 
 
-@pytest.mark.parametrize(("name", "scope"), DECODED)
+@pytest.mark.parametrize(("name", "scope"), CASES)
 def test_what_a_decoded_query_sees(name, scope):
     """Its window; and of what lies before it everything, in groups, or little."""
     config, past = preset(name, scope=scope), Q[120:] >= K
@@ -272,10 +278,10 @@ def test_what_a_decoded_query_sees(name, scope):
         assert seen[..., :sinks].all() and (seen.sum(-1) <= most + sinks + focal).all()
         assert seen[..., sinks : 120 - most].any() == (focal > 0)
     else:
-        assert name == "block_selection" or seen[..., past].all()
+        assert name in ("block_selection", "default") or seen[..., past].all()
 
 
-@pytest.mark.parametrize(("name", "scope"), DECODED)
+@pytest.mark.parametrize(("name", "scope"), CASES)
 def test_generate(name, scope):
     """It equals a prefill of the text: in prompt scope, of the prompt."""
     config, model = preset(name, scope=scope), models.shared("llama")

@@ -203,10 +203,14 @@ def open_table(
     for begin, end in itertools.pairwise(edges):
         # Units that no block of the stretch can open are left out, in whole multiples of few.
         reach = -(-end * rows // size // 16) * 16 if is_causal else units.first.shape[1]
-        near = Units(units.key[:, :, : reach * per_unit], units.first[:, :reach])
+        # Copies: a slice is compiled for strides that differ from stretch to stretch.
+        near = Units(
+            units.key[:, :, : reach * per_unit].contiguous(), units.first[:, :reach].contiguous()
+        )
         part = run(
-            openings, query[:, :, begin * rows : end * rows], key, docs.first, near,
-            number[begin:end], config=config, is_causal=is_causal, packed=docs.packed, scale=scale,
+            openings, query[:, :, begin * rows : end * rows].contiguous(), key, docs.first, near,
+            number[begin:end].clone(),
+            config=config, is_causal=is_causal, packed=docs.packed, scale=scale,
         )  # fmt: skip
         table.append(F.pad(part, (0, units.first.shape[1] - part.shape[-1]), value=NEVER))
     return torch.cat(table, 2)

@@ -43,7 +43,9 @@ def visible_blocks(plan: Plan, block_size: tuple[int, int]) -> tuple[Tensor, Ten
         hidden = _slots_of_open_units(plan, key_block)
         opened = F.pad(plan.open, (0, touched.shape[-1] - plan.open.shape[-1]), value=NEVER)
         touched = touched | (opened < NEVER)
-        whole = (whole & ~hidden) | (opened <= q0)
+        own = plan.start[:, :, : plan.length].unflatten(-1, (-1, query_block)).amax(-1) < NEVER
+        real = own.repeat_interleave(rep, 1)[..., None]  # no padding among the queries
+        whole = (whole & ~hidden) | ((opened <= q0) & real)
     return touched & ~whole, whole
 
 
@@ -108,7 +110,8 @@ def _mask_mod(plan: Plan, rep: int, block_size: tuple[int, int]) -> MaskMod:
     def interval_or_open(b: Tensor, h: Tensor, q: Tensor, s: Tensor) -> Tensor:
         place = position[b, h // rep, s]
         unit = torch.clamp(place, min=0) // key_block
-        opened = since[b, h, q // query_block, unit] <= q
+        # Padding sees nothing, whatever its block opens: its own raw slot never starts.
+        opened = (since[b, h, q // query_block, unit] <= q) & (start[b, h // rep, q] <= q)
         inside = interval(b, h, q, s)
         # A raw slot stands at its own position, a slot of another section before it.
         return torch.where(place == s, inside | opened, inside & ~opened)

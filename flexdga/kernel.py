@@ -13,8 +13,11 @@ from flexdga.block_mask import block_mask
 from flexdga.compress import Slots, compress
 from flexdga.config import GroupWeights
 from flexdga.indexing import heads_per_kv_head
-from flexdga.plan import NEVER, Plan, with_null_slot
+from flexdga.plan import Plan, with_null_slot
 from score_mods import ScoreMod, needs_null_slot
+
+TRITON_TILE = 128
+"""The largest tile that flex_attention chooses on CUDA by itself (torch 2.13)."""
 
 
 def attend(
@@ -53,7 +56,7 @@ def attend(
         plan = with_null_slot(plan)
     slots = compress(query, key, value, plan, weights=weights, mass=mass, scale=scale)
     backward = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    options: Any = dict(kernel_options or {})
+    options: Any = _tiles(block_size) | (kernel_options or {})
     if query.device.type == "cpu":
         options |= cpu_kernel.mark()
     out = flex_attention(
@@ -66,11 +69,22 @@ def attend(
         enable_gqa=query.shape[1] != key.shape[1],
         kernel_options=options,
     )
-    if plan.open is not None:  # what a block opens, padding in it sees too
-        real = plan.start[:, :, : plan.length] < NEVER
-        rep = heads_per_kv_head(query.shape[1], key.shape[1])
-        out = torch.where(real.repeat_interleave(rep, 1)[..., None], out, 0.0)
     return out
+
+
+def _tiles(block_size: tuple[int, int]) -> dict[str, int]:
+    """Triton's tiles, forward and backward, where its own (128 at most) would not divide blocks.
+
+    On CPU they are not looked at.
+    """
+    rows, columns = block_size
+    if min(block_size) >= TRITON_TILE:
+        return {}
+    return {
+        "BLOCK_M": min(rows, 128), "BLOCK_N": min(columns, 64),
+        "BLOCK_M1": min(rows, 32), "BLOCK_N1": min(columns, 64),
+        "BLOCK_M2": min(rows, 64), "BLOCK_N2": min(columns, 32),
+    }  # fmt: skip
 
 
 def _slot_score_mod(

@@ -318,7 +318,11 @@ def _intervals(
     focal_from, group_from = from_when(focal), from_when(group_last)
     index = torch.arange(length, dtype=torch.int32, device=first.device).expand_as(first)
     # What no slot stands for is raw to the end of its document, or dropped.
-    raw_end = after if config.groups else torch.minimum(after, from_when(index))
+    raw_end = after
+    if not config.groups:
+        leaves = from_when(index)
+        # As a minimum, Inductor (torch 2.13) would make it part of an index, and fail.
+        raw_end = torch.where(leaves < after, leaves, after)
     raw_end = put(
         put(raw_end, focal, focal_from), members.flatten(2), _per_member(group_from, members)
     )

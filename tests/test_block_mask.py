@@ -11,7 +11,6 @@ from test_planner import layout_arguments, layouts, openers, planners
 
 from flexdga import make_plan
 from flexdga.block_mask import block_mask, visible_blocks
-from flexdga.plan import NEVER
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -34,10 +33,7 @@ def test_blocks_agree_with_the_mask(planner, opener, layout, causal, blocks):
     mask = torch.nn.functional.pad(mask, (0, pad))
     tiles = mask.unflatten(-1, (-1, 16)).unflatten(-3, (-1, blocks))
     touched = tiles.any(-1).any(-2)
-    # Padding in a block is not looked at where units open: its output is zeroed.
-    padding = (plan.start[:, :1, : plan.length] == NEVER)[..., None] & (plan.open is not None)
-    padding = padding.unflatten(-2, (-1, blocks))[..., None]
-    full = (tiles | padding).all(-1).all(-2)
+    full = tiles.all(-1).all(-2)
     assert not (part & whole).any()
     assert not (touched & ~(part | whole)).any()  # nothing visible is left out
     assert not (whole & ~full).any()  # nothing hidden is taken for visible

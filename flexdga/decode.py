@@ -15,18 +15,16 @@ import torch
 from torch import Tensor
 
 from flexdga.attention import dga_attention, make_plan
-from flexdga.compress import pool
 from flexdga.config import DGAConfig
 from flexdga.exact import attend_all
-from flexdga.far_units import FarUnits, near_log_mass, with_opened
-from flexdga.handoff import seen_after, slot_columns, slots_after, without_dead
-from flexdga.indexing import compact, take, take_rows
-from flexdga.plan import NEVER, Documents
+from flexdga.far_units import FarUnits, raw_log_mass, with_opened
+from flexdga.handoff import seen_after, slots_after, slots_of_units
+from flexdga.indexing import compact, take_rows
+from flexdga.plan import NEVER
 from flexdga.planner import (
     group_slots_per_unit,
     handover,
     lookahead,
-    plan_units,
 )
 from flexdga.storage import Columns, Origins, Saved, SlotBuffer
 from score_mods import ScoreMod
@@ -74,7 +72,9 @@ class LayerCache:
         changes: dict[str, Any] = {"scope": "causal", "focal_budget": None}
         self._causal = dataclasses.replace(config, **changes, probe_placement="even")
         self._forever_dense = config.dense_below == NEVER
-        reads_queries = config.needs_importance or config.group_weights == "last_query"
+        reads_queries = config.needs_importance or (
+            config.groups and config.group_weights == "last_query"
+        )
         self._keeps_queries = reads_queries and not self._forever_dense
         unit = config.unit_size
         self._unit_slots = self._causal.focal_per_unit + group_slots_per_unit(config)
@@ -276,7 +276,7 @@ class LayerCache:
         opened = None
         if self._far is not None and now is self._buffer:
             self._keep_far()
-            near = near_log_mass(query, seen.key[:, :, : now.live], bias[..., : now.live], scale)
+            near = raw_log_mass(query, seen.key[:, :, : now.live], bias[..., : now.live], scale)
             opened = self._far.open(query, near, self._doc_first, time, scale=scale)
         if opened is not None:
             seen, bias = with_opened(seen, bias, opened, now.raw_room, self.config.unit_size)
@@ -433,53 +433,18 @@ class LayerCache:
         if self.record_past:
             past = (self._buffer.save(), self.done, self._pooled_at)
             self._history = [*self._history, past][-HISTORY:]
-        slots = self._plan_and_pool((end - self.done) // unit, scale)
+        count = end - self.done
+        columns, origins = self._buffer.raw(-(-(count + ahead) // unit) * unit)
+        slots = slots_of_units(
+            columns, origins, count // unit, self.done, config=self._causal, scale=scale
+        )
         if self._far is not None and self._whole is None:
-            columns, origins = self._buffer.raw(end - self.done)
-            self._far.add(columns.key, columns.value, origins.first[:, 0])
-        self._buffer.pool(end - self.done, slots, self._steady)
+            new = slice(count)
+            self._far.add(
+                columns.key[:, :, new], columns.value[:, :, new], origins.first[:, 0, new]
+            )
+        self._buffer.pool(count, slots, self._steady)
         self.done, self._pooled_at = end, self._due(end - unit)
-
-    def _plan_and_pool(self, units: int, scale: float) -> Columns:
-        """Slots of the oldest units among the raw tokens.
-
-        KV heads are planned as if each were a sequence: what is raw may differ between them.
-        """
-        assert self._buffer is not None
-        config = self._causal
-        span = -(-(units * config.unit_size + lookahead(config)) // config.unit_size)
-        columns, origins = self._buffer.raw(span * config.unit_size)
-        batch, kv_heads = columns.key.shape[:2]
-
-        def alone(x: Tensor) -> Tensor:  # (B, Hkv·r, ...) to (B·Hkv, r, ...)
-            return x.reshape(batch * kv_heads, x.shape[1] // kv_heads, *x.shape[2:])
-
-        query, key, value = alone(origins.query), alone(columns.key), alone(columns.value)
-        first = origins.first.flatten(0, 1)
-        dead = first == NEVER
-        docs = Documents(
-            first.sub(self.done).masked_fill(dead, NEVER),
-            torch.where(dead, 0, NEVER),
-            packed=False,
-        )
-        focal, members, member_score = plan_units(
-            query, key, value, docs, config=config, scale=scale
-        )
-        focal, members = focal[:, :, :units].flatten(2), members[:, :, :units].flatten(2, 3)
-        if member_score is not None:
-            member_score = member_score[:, :, :units].flatten(2, 3)
-        pooled = pool(
-            query, key, value, focal, members, member_score,
-            weights=config.group_weights, mass=config.group_bias == "mass", scale=scale,
-        )  # fmt: skip
-        place, here = alone(columns.position), members >= 0
-        size = here.sum(-1)
-        middle = torch.where(here, take(place, members), 0).sum(-1) // size.clamp(min=1)
-        position = torch.cat([take(place, focal), middle.int()], -1)
-        made = slot_columns(pooled, position, torch.cat([focal >= 0, size > 0], -1))
-        slots = Columns(*(t.view(batch, kv_heads, *t.shape[2:]) for t in made))
-        # Room for sinks in every unit, which only a document's first one has, would add up.
-        return without_dead(slots) if config.focal_per_unit < config.sinks else slots
 
 
 def _first_real(real: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flexdga.config import DGAConfig
 from flexdga.indexing import compact, take_rows
-from flexdga.opening import far_log_mass, unit_features, wanted
+from flexdga.opening import far_log_mass, served, unit_documents, unit_features, wanted
 from flexdga.plan import NEVER
 from flexdga.storage import GROWTH, Columns
 
@@ -60,8 +60,7 @@ class FarUnits:
             first: (B, n·U) first token of each token's document; NEVER for padding.
         """
         size = self.config.block_size[1]
-        first = first.unflatten(-1, (-1, size))
-        first = torch.where(first.amin(-1) == first.amax(-1), first[..., 0], NEVER)
+        first = unit_documents(first, self.config)
         kept = [part for x in (key, value) for part in self._pack(x)]
         features = unit_features(key, self.config) if self.config.open_by == "box" else None
         if not self.count:
@@ -131,11 +130,9 @@ class FarUnits:
         before = self._tables.get(block)
         already = torch.zeros_like(want[:, :, 0]) if before is None else before < NEVER
         if config.open_units is not None:
-            turn = torch.arange(query.shape[2], device=query.device)[:, None]
-            rank = torch.where(want, torch.exp(far - total[..., None]) - turn, -math.inf).amax(2)
-            rank = rank.masked_fill(already, math.inf)
-            best = rank.topk(min(config.open_units, self.count), dim=-1).indices
-            want = want & torch.zeros_like(already).scatter(-1, best, True)[:, :, None]
+            share = torch.exp(far - total[..., None])
+            chosen = served(want, share, config.open_units, turns=True, already=already)
+            want = want & chosen[:, :, None]
         opened = want.cummax(2).values | already[:, :, None]
         at = torch.arange(time, time + query.shape[2], dtype=torch.int32, device=query.device)
         since = torch.where(want, at[:, None], NEVER).amin(2)
@@ -183,7 +180,7 @@ class FarUnits:
         return _restored(rows).flatten(1, 2).to(position.device)
 
 
-def near_log_mass(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> Tensor:
+def raw_log_mass(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> Tensor:
     """(B, H, Q) log of Σ exp(score) over raw tokens.
 
     Args:

@@ -1,4 +1,4 @@
-"""From a prompt's plan to the slots with which decoding goes on."""
+"""From plans to the slots with which decoding goes on: of a prompt, and of units of new tokens."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor
 from flexdga.compress import Pooled, pool
 from flexdga.config import DGAConfig
 from flexdga.indexing import compact, take, take_rows
-from flexdga.plan import Plan
-from flexdga.storage import Columns
+from flexdga.plan import NEVER, Documents, Plan
+from flexdga.planner import plan_units
+from flexdga.storage import Columns, Origins
 
 
 def seen_after(plan: Plan, length: int) -> Tensor:
@@ -43,6 +44,51 @@ def slots_after(
         weights=config.group_weights, mass=config.group_bias == "mass", scale=scale,
     )  # fmt: skip
     return without_dead(slot_columns(pooled, plan.position[..., plan.length :], alive))
+
+
+def slots_of_units(
+    columns: Columns, origins: Origins, units: int, done: int, *, config: DGAConfig, scale: float
+) -> Columns:
+    """Slots of the oldest units among raw tokens, decided as `causal` scope does.
+
+    KV heads are planned as if each were a sequence: what is raw may differ between them.
+
+    Args:
+        columns: (B, Hkv, R, ...) raw tokens, whole units, with those that come after these units
+            and decide on them.
+        origins: of these.
+        units: how many of them get slots.
+        done: position of the first column in the sequence.
+        config: the choices.
+        scale: of the scores.
+    """
+    batch, kv_heads = columns.key.shape[:2]
+
+    def alone(x: Tensor) -> Tensor:  # (B, Hkv·r, ...) to (B·Hkv, r, ...)
+        return x.reshape(batch * kv_heads, x.shape[1] // kv_heads, *x.shape[2:])
+
+    query, key, value = alone(origins.query), alone(columns.key), alone(columns.value)
+    first = origins.first.flatten(0, 1)
+    dead = first == NEVER
+    docs = Documents(
+        first.sub(done).masked_fill(dead, NEVER), torch.where(dead, 0, NEVER), packed=False
+    )
+    focal, members, member_score = plan_units(query, key, value, docs, config=config, scale=scale)
+    focal, members = focal[:, :, :units].flatten(2), members[:, :, :units].flatten(2, 3)
+    if member_score is not None:
+        member_score = member_score[:, :, :units].flatten(2, 3)
+    pooled = pool(
+        query, key, value, focal, members, member_score,
+        weights=config.group_weights, mass=config.group_bias == "mass", scale=scale,
+    )  # fmt: skip
+    place, here = alone(columns.position), members >= 0
+    size = here.sum(-1)
+    middle = torch.where(here, take(place, members), 0).sum(-1) // size.clamp(min=1)
+    position = torch.cat([take(place, focal), middle.int()], -1)
+    made = slot_columns(pooled, position, torch.cat([focal >= 0, size > 0], -1))
+    slots = Columns(*(t.view(batch, kv_heads, *t.shape[2:]) for t in made))
+    # Room for sinks in every unit, which only a document's first one has, would add up.
+    return without_dead(slots) if config.focal_per_unit < config.sinks else slots
 
 
 def without_dead(columns: Columns) -> Columns:

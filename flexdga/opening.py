@@ -55,12 +55,10 @@ def unit_features(key: Tensor, config: DGAConfig) -> Tensor:
     return torch.cat([high, low], -1)
 
 
-def unit_documents(first: Tensor, after: Tensor, config: DGAConfig) -> Tensor:
+def unit_documents(first: Tensor, config: DGAConfig) -> Tensor:
     """(B, N) `Units.first` from the documents of (B, N·U) tokens."""
-    size = config.block_size[1]
-    first, after = first.unflatten(-1, (-1, size)), after.unflatten(-1, (-1, size))
-    alone = (first.amin(-1) == first.amax(-1)) & (after.amin(-1) > 0)
-    return torch.where(alone, first[..., 0], NEVER)
+    units = first.unflatten(-1, (-1, config.block_size[1]))
+    return torch.where(units.amin(-1) == units.amax(-1), units[..., 0], NEVER)
 
 
 def far_log_mass(query: Tensor, units: Tensor, config: DGAConfig, scale: float) -> Tensor:
@@ -162,6 +160,28 @@ def wanted(far: Tensor, near: Tensor, config: DGAConfig) -> tuple[Tensor, Tensor
     return far > (total + least)[..., None], total
 
 
+def served(
+    want: Tensor, share: Tensor, count: int, *, turns: bool, already: Tensor | None = None
+) -> Tensor:
+    """(..., N) bool: the `count` units that a query block may open, of all that it asks for.
+
+    Args:
+        want: (..., C, N) bool, what each query asks for.
+        share: (..., C, N) of the query's attention, at most 1.
+        count: `DGAConfig.open_units`.
+        turns: who asks first is served first, and among those who ask together the larger share;
+            otherwise the larger share of all.
+        already: (..., N) bool, units that are open: they keep their place.
+    """
+    if turns:
+        share = share - torch.arange(want.shape[-2], device=want.device)[:, None]
+    rank = torch.where(want, share, -math.inf).amax(-2)
+    if already is not None:
+        rank = rank.masked_fill(already, math.inf)
+    best = rank.topk(min(count, rank.shape[-1]), dim=-1).indices
+    return torch.zeros_like(rank, dtype=torch.bool).scatter(-1, best, True)
+
+
 def open_table(
     query: Tensor,
     key: Tensor,
@@ -187,7 +207,7 @@ def open_table(
     """
     rows, size = config.block_size
     blocks = query.shape[2] // rows
-    units = Units(unit_features(key, config), unit_documents(docs.first, docs.after, config))
+    units = Units(unit_features(key, config), unit_documents(docs.first, config))
     number = torch.arange(blocks, dtype=torch.int32, device=key.device)
     if torch.compiler.is_compiling():
         # Numbers that seem to depend on data: Inductor (torch 2.13) takes what is computed from
@@ -279,10 +299,7 @@ def openings(
     else:
         since = torch.where(want, at_TI[..., None], NEVER).amin(3)
     if config.open_units is not None:
-        # Who asks first is served first; among those who ask together the larger share is.
-        turn = 0.0 if config.scope == "prompt" else torch.arange(rows, device=key.device)[:, None]
-        rank = torch.where(want, torch.exp(far - total[..., None]) - turn, -math.inf).amax(3)
-        best = rank.topk(min(config.open_units, rank.shape[-1]), dim=-1).indices
-        keep = torch.zeros_like(rank, dtype=torch.bool).scatter(-1, best, True)
-        since = torch.where(keep, since, NEVER)
+        share = torch.exp(far - total[..., None])
+        turns = config.scope == "causal"
+        since = torch.where(served(want, share, config.open_units, turns=turns), since, NEVER)
     return since

@@ -16,7 +16,7 @@ from flexdga import DGAConfig
 from . import baselines, hardware, measure, options
 from .errors import UsageError
 from .progress import Stages
-from .report import Report, absent_by_length
+from .report import Report, absent_by_length, write_json
 from .session import Compiled, LayerRow, Row, Session
 from .workloads import QKV, ModelSource, Shape, default_text, random_qkv
 
@@ -127,11 +127,7 @@ def _check(a: argparse.Namespace) -> Options:
         raise UsageError(
             f"--kv-heads {shape.kv_heads}: expected a divisor of --heads {shape.heads}"
         )
-    options.check_output("--json", a.json)
-    options.check_output("--csv", a.csv)
-    options.check_output("--plot", a.plot, ".png")
-    if a.plot is not None:
-        options.check_installed("--plot", "matplotlib", "plot")
+    options.check_outputs(a.json, a.csv, a.plot)
     text = None
     if a.model is not None:
         try:
@@ -228,13 +224,10 @@ def _header(
 
 def _deliver(report: Report, chosen: Options) -> None:
     """Tables to stdout, or to stderr where the JSON takes stdout; then the files."""
-    to_stdout = chosen.json == "-"
     text = report.text(measure.PEAK_SOURCE[chosen.device.type])
-    print(text, file=sys.stderr if to_stdout else sys.stdout)
-    if to_stdout:
-        print(report.json())
-    elif chosen.json is not None:
-        Path(chosen.json).write_text(report.json() + "\n")
+    print(text, file=sys.stderr if chosen.json == "-" else sys.stdout)
+    if chosen.json is not None:
+        write_json(report, chosen.json)
     if chosen.csv is not None:
         with open(chosen.csv, "w", newline="") as file:
             report.write_csv(file)

@@ -26,7 +26,7 @@ from . import hardware, options
 from .decode_report import DecodeReport, DecodeRow
 from .errors import UsageError
 from .progress import Stages
-from .workloads import default_text
+from .workloads import default_text, open_model, random_like
 
 LENGTHS = (1024, 4096, 8192, 16384, 32768)
 TOKENS = 16
@@ -116,14 +116,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(a: argparse.Namespace) -> Options:
-    options.check_installed("--model", "transformers", "hf")
-    options.check_output("--json", a.json)
-    options.check_output("--csv", a.csv)
-    options.check_output("--plot", a.plot, ".png")
-    if a.plot is not None:
-        options.check_installed("--plot", "matplotlib", "plot")
-    if not (a.model / "config.json").is_file():
-        raise UsageError(f"--model {a.model}: expected a model's folder, with a config.json")
+    options.check_model_folder(a.model)
+    options.check_outputs(a.json, a.csv, a.plot)
     try:
         text = default_text() if a.text is None else a.text.read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -137,22 +131,14 @@ def _check(a: argparse.Namespace) -> Options:
 
 def _open(chosen: Options) -> tuple[Any, Tensor]:
     """The model, and (1, N) token ids of the text, as many as are needed."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     need = chosen.lengths[-1] + 2 * chosen.tokens
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(chosen.model, local_files_only=True)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            chosen.model, dtype=chosen.dtype, local_files_only=True
-        )
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--model {chosen.model}: {error}") from error
+    model, tokenizer = open_model(chosen.model, chosen.dtype)
     ids = tokenizer(chosen.text, truncation=True, max_length=need)["input_ids"]
     if len(ids) < need:
         raise UsageError(
             f"--text: expected at least {need} tokens for --lengths and --tokens, got {len(ids)}"
         )
-    return model.eval().to(chosen.device), torch.tensor([ids], device=chosen.device)
+    return model.to(chosen.device), torch.tensor([ids], device=chosen.device)
 
 
 def _compile(model: Any, chosen: Options) -> float:
@@ -161,16 +147,7 @@ def _compile(model: Any, chosen: Options) -> float:
     if longest < chosen.config.dense_below:
         return 0.0
     begin = time.perf_counter()
-    config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    length = max(chosen.config.dense_below, 1024)
-    heads = (config.num_attention_heads, *[config.num_key_value_heads] * 2)
-    query, key, value = (  # laid out as a model's projections are
-        torch.randn(1, length, n, head_dim, device=chosen.device, dtype=chosen.dtype).transpose(
-            1, 2
-        )
-        for n in heads
-    )
+    query, key, value = random_like(model, max(chosen.config.dense_below, 1024))
     dga_attention(query, key, value, config=chosen.config, return_plan=True)
     return time.perf_counter() - begin
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
-from .report import number, spell, table, wrap
+from .report import number, spell, table, wrap, write_json
 
 LEGEND = {
     "dynamic, static": "transformers' DynamicCache and StaticCache, with its SDPA attention. DGA: "
@@ -60,11 +58,7 @@ class DecodeReport:
     def write(self, json_path: str | None, csv_path: str | None, plot_path: str | None) -> None:
         """The files that were asked for; `-` prints JSON."""
         if json_path is not None:
-            text = json.dumps(dataclasses.asdict(self), indent=2, default=str)
-            if json_path == "-":
-                print(text)
-            else:
-                Path(json_path).write_text(text + "\n")
+            write_json(self, json_path)
         if csv_path is not None:
             with open(csv_path, "w", newline="") as file:
                 writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(DecodeRow)])

@@ -40,7 +40,7 @@ from .fidelity_methods import (
 from .fidelity_report import FidelityReport, LmRow, TaskRow
 from .fidelity_tasks import VARIANTS, Encode, Example, Maker, Variant, answer
 from .progress import Stages
-from .workloads import default_text
+from .workloads import default_text, open_model
 
 TASKS = ("lm", "needle", "tracking", "words")
 T = TypeVar("T")
@@ -178,22 +178,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(a: argparse.Namespace) -> Options:
-    options.check_installed("--model", "transformers", "hf")
-    options.check_output("--json", a.json)
-    options.check_output("--csv", a.csv)
-    options.check_output("--plot", a.plot, ".png")
-    if not (a.model / "config.json").is_file():
-        raise UsageError(f"--model {a.model}: expected a model's folder, with a config.json")
+    options.check_model_folder(a.model)
+    options.check_outputs(a.json, a.csv, a.plot)
     standard = dataclasses.asdict(QUICK if a.quick else FULL)
     given = {name: getattr(a, name, None) for name in standard}
     fields = standard | {name: value for name, value in given.items() if value is not None}
     for name, allowed in (("tasks", TASKS), ("methods", tuple(METHODS)), ("needles", VARIANTS)):
         if wrong := [item for item in fields[name] if item not in allowed]:
             raise UsageError(f"--{name} {','.join(wrong)}: expected some of: {', '.join(allowed)}")
-    if a.plot is not None:
-        options.check_installed("--plot", "matplotlib", "plot")
-        if "lm" not in fields["tasks"]:
-            raise UsageError("--plot shows language modelling; expected lm among --tasks")
+    if a.plot is not None and "lm" not in fields["tasks"]:
+        raise UsageError("--plot shows language modelling; expected lm among --tasks")
     read = _texts(a.text, standard["texts"])
     config = None if a.config is None else options.parse_config(a.config, dense_below=0)
     return Options(
@@ -235,15 +229,7 @@ def _list_of(kind: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
 
 def _open(chosen: Options) -> tuple[Any, Encode, list[int]]:
     """The model, its tokenizer, and the special tokens with which texts begin."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(chosen.model, local_files_only=True)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            chosen.model, dtype=chosen.dtype, local_files_only=True
-        )
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--model {chosen.model}: {error}") from error
+    model, tokenizer = open_model(chosen.model, chosen.dtype)
     limit = getattr(model.config, "max_position_embeddings", None)
     for name in ("lengths", "task_lengths"):
         longest = max(getattr(chosen, name))
@@ -256,7 +242,7 @@ def _open(chosen: Options) -> tuple[Any, Encode, list[int]]:
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    return model.eval(), encode, list(tokenizer("")["input_ids"])
+    return model, encode, list(tokenizer("")["input_ids"])
 
 
 # What is measured

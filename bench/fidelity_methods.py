@@ -21,11 +21,10 @@ from flexdga import DGAConfig, dga_attention, make_plan
 from flexdga.config import Scope
 
 from .errors import UsageError
+from .workloads import check_plain, random_like
 
 NAME = "flexdga_bench_fidelity"
 DENSE = "dense"
-PLAIN = ("sliding_window", "softcap", "s_aux")
-"""Options of transformers' attention that are no plain causal attention."""
 SNAPKV_WINDOW = 64
 FINE = 16
 """Tokens that leave a cache's window together, where a prompt's plan does not depend on it."""
@@ -254,12 +253,7 @@ def _register() -> None:
         scaling: float | None = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
-        for name in PLAIN:
-            if options.get(name) is not None:
-                raise UsageError(
-                    f"--model: layer {module.layer_idx} is no plain causal attention, it has "
-                    f"{name}={options[name]}; expected a model without"
-                )
+        check_plain(module, options)
         assert _attend is not None and attention_mask is None
         return _attend(query, key, value, scaling).transpose(1, 2).contiguous(), None
 
@@ -284,13 +278,7 @@ def compile_kernel(model: Any, config: DGAConfig, length: int) -> None:
 
     The length is that of the texts to come, so that whatever depends on it is compiled here.
     """
-    text = model.config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    like = next(model.parameters())
-    query, key, value = (
-        torch.randn(1, heads, length, head_dim, device=like.device, dtype=like.dtype)
-        for heads in (text.num_attention_heads, *[text.num_key_value_heads] * 2)
-    )
+    query, key, value = random_like(model, length)
     with torch.compiler.set_stance("force_eager"):
         plan = make_plan(query, key, value, config=config)
     dga_attention(query, key, value, config=config, plan=plan)

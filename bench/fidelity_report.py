@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any, TypeVar
 
-from .report import number, spell, table, wrap
+from .report import number, spell, table, wrap, write_json
 
 DEPTHS_SHOWN = 4
 LM_LEGEND = {
@@ -101,11 +99,7 @@ class FidelityReport:
     def write(self, json_path: str | None, csv_path: str | None, plot_path: str | None) -> None:
         """The files that were asked for; `-` prints JSON."""
         if json_path is not None:
-            text = json.dumps(dataclasses.asdict(self), indent=2, default=str)
-            if json_path == "-":
-                print(text)
-            else:
-                Path(json_path).write_text(text + "\n")
+            write_json(self, json_path)
         if csv_path is not None:
             self._write_csv(csv_path)
         if plot_path is not None:

@@ -135,6 +135,22 @@ def check_output(option: str, path: str | None, suffix: str | None = None) -> No
         raise UsageError(f"{option} {path}: expected a name that ends in {suffix}")
 
 
+def check_outputs(json: str | None, csv: str | None, plot: str | None) -> None:
+    """Fail unless `--json`, `--csv` and `--plot` can be written."""
+    check_output("--json", json)
+    check_output("--csv", csv)
+    check_output("--plot", plot, ".png")
+    if plot is not None:
+        check_installed("--plot", "matplotlib", "plot")
+
+
+def check_model_folder(path: Path) -> None:
+    """Fail unless a transformers model can be read from there."""
+    check_installed("--model", "transformers", "hf")
+    if not (path / "config.json").is_file():
+        raise UsageError(f"--model {path}: expected a model's folder, with a config.json")
+
+
 def check_installed(option: str, module: str, extra: str) -> None:
     """Fail unless the optional dependency `module` is there."""
     if importlib.util.find_spec(module) is None:

@@ -8,6 +8,7 @@ import json
 import textwrap
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any, TextIO
 
 import tabulate
@@ -81,15 +82,20 @@ class Report:
             lines += [f"{name}, L = {length}: {reason}" for name, reason in reasons.items()]
         return "\n".join(["Left out", *(wrap(f"- {line}") for line in lines)]) if lines else ""
 
-    def json(self) -> str:
-        """Everything with full digits."""
-        return json.dumps(dataclasses.asdict(self), indent=2, default=str)
-
     def write_csv(self, file: TextIO) -> None:
         """The rows, one line per method and length."""
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
         writer.writeheader()
         writer.writerows(dataclasses.asdict(row) for row in self.rows)
+
+
+def write_json(report: Any, path: str) -> None:
+    """Everything in a report's dataclass, with full digits; `-` prints it."""
+    text = json.dumps(dataclasses.asdict(report), indent=2, default=str)
+    if path == "-":
+        print(text)
+    else:
+        Path(path).write_text(text + "\n")
 
 
 def _length_table(rows: Sequence[Row], of_model: bool) -> str:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import UsageError
+from .options import check_model_folder
 
 _CAPTURE = "flexdga_bench_capture"
 
@@ -71,6 +72,42 @@ def default_text() -> str:
     return "\n".join(topics.topics[name] for name in sorted(topics.topics))
 
 
+def open_model(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A local causal language model, ready to read, and its tokenizer.
+
+    Raises:
+        UsageError: transformers cannot read them.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model {path}: {error}") from error
+    return model.eval(), tokenizer
+
+
+def random_like(model: Any, length: int) -> list[Tensor]:
+    """Random query, key and value in the head layout of a model, laid out as its projections."""
+    text, like = model.config.get_text_config(), next(model.parameters())
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return [
+        torch.randn(1, length, n, head_dim, device=like.device, dtype=like.dtype).transpose(1, 2)
+        for n in (text.num_attention_heads, *[text.num_key_value_heads] * 2)
+    ]
+
+
+def check_plain(module: Any, options: dict[str, Any]) -> None:
+    """Fail if a layer asks of attention what is not plain and causal."""
+    for name in ("sliding_window", "softcap", "s_aux"):
+        if options.get(name) is not None:
+            raise UsageError(
+                f"--model: layer {module.layer_idx} is no plain causal attention, it has "
+                f"{name}={options[name]}; expected a model without"
+            )
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
     """A local Hugging Face model and the token ids to run it on, checked."""
@@ -99,8 +136,7 @@ class ModelSource:
         """
         from transformers import AutoConfig, AutoTokenizer
 
-        if not (path / "config.json").is_file():
-            raise UsageError(f"--model {path}: expected a model's folder, with a config.json")
+        check_model_folder(path)
         try:
             config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
             tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
@@ -130,10 +166,7 @@ class ModelSource:
             scaling: float | None = None,
             **options: Any,
         ) -> tuple[Tensor, None]:
-            for name in ("sliding_window", "softcap", "s_aux"):
-                if options.get(name) is not None:
-                    raise UsageError(f"--model: layer {module.layer_idx} is no plain causal "
-                                     f"attention, it has {name}={options[name]}")  # fmt: skip
+            check_plain(module, options)
             if module.layer_idx in self.layers:
                 found.append(QKV(query, key, value, scaling, module.layer_idx))
             out = F.scaled_dot_product_attention(

@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a field of DGAConfig, or preset=paper|cca; repeatable. Without it DGAConfig's "
+        help="a field of DGAConfig, or preset=NAME; repeatable. Without it DGAConfig's "
         "defaults, but dense_below=0: DGA is measured at every length",
     )
     add("--json", metavar="PATH", help="all numbers as JSON; - for stdout (tables go to stderr)")

@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=options.positive_int, metavar="N", help="CPU threads (default torch's)")
     add(
         "--config", nargs="+", default=[], metavar="KEY=VALUE",
-        help="fields of DGAConfig, or preset=paper|cca",
+        help="fields of DGAConfig, or preset=NAME",
     )  # fmt: skip
     add("--json", metavar="FILE", help="everything with full digits; - for stdout")
     add("--csv", metavar="FILE", help="the rows")

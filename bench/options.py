@@ -17,7 +17,12 @@ from flexdga import DGAConfig
 from .errors import UsageError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PRESETS: dict[str, Callable[..., DGAConfig]] = {"paper": DGAConfig.paper, "cca": DGAConfig.cca}
+PRESETS: dict[str, Callable[..., DGAConfig]] = {
+    name: getattr(DGAConfig, name)
+    for name in (
+        "paper", "cca", "streaming_llm", "lm_infinite", "h2o", "snapkv", "block_selection", "dense"
+    )
+}  # fmt: skip
 _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -59,7 +64,7 @@ def parse_config(pairs: Sequence[str], **defaults: Any) -> DGAConfig:
     """The `DGAConfig` that `--config key=value ...` asks for.
 
     Args:
-        pairs: `key=value`, the key a field of DGAConfig or `preset` (paper, cca).
+        pairs: `key=value`, the key a field of DGAConfig or `preset` (of `PRESETS`).
         defaults: fields that differ from DGAConfig's own defaults unless a pair names them.
     """
     hints = get_type_hints(DGAConfig)

@@ -26,7 +26,8 @@ Scope = Literal["prompt", "causal"]
 ProbePlacement = Literal["even", "tail"]
 
 AUTO_BUDGETS = ((0.06, 0.4), (0.10, 0.12), (0.15, 0.06), (0.22, 0.035), (0.5, 0.006))
-"""Cost over 4096 tokens of English in SmolLM2-135M, and the `open_mass` that gives it."""
+"""Budgets and the `open_mass` that comes near to them. SmolLM2-135M reading 4096 tokens cost, for
+these five, .046, .090, .146, .207 and .520 over English, and within .005 of that over code."""
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "importance": get_args(Importance),
@@ -47,9 +48,8 @@ class DGAConfig:
     """Which tokens stay exact, what stands for the others, and which of them queries open again.
 
     The defaults are the best training-free setting measured on a real model (a window, and the
-    units that a query opens); `DGAConfig.paper()`
-    is the published algorithm, `DGAConfig.cca()` its predecessor. "Paper" below is Dynamic Group
-    Attention (arXiv 2505.22107).
+    units that a query opens); `DGAConfig.paper()` is the published algorithm, `DGAConfig.cca()`
+    its predecessor. "Paper" below is Dynamic Group Attention (arXiv 2505.22107).
 
     Attributes:
         group_size: m, tokens in a group. Paper: 16.

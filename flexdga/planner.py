@@ -73,9 +73,7 @@ def plan_attention(
     chosen = chosen & (chosen.cumsum(-1) <= capacity)
     focal = compact(chosen, capacity)
 
-    if not config.groups:
-        members = _no_groups(key, config)
-    elif config.whole_sequence:
+    if config.groups and config.whole_sequence:
         members = group_whole(~chosen, steps, config)
     else:
         members = _group_by_unit(chosen, key, value, docs, config)
@@ -108,10 +106,7 @@ def plan_units(
         unit's row says holds if all tokens up to its handover are here.
     """
     chosen, score = _focal_by_unit(query, key, value, docs, config, scale)
-    if config.groups:
-        members = _group_by_unit(chosen, key, value, docs, config)
-    else:
-        members = _no_groups(key, config)
+    members = _group_by_unit(chosen, key, value, docs, config)
     focal = compact(_units(chosen, config), focal_slots_per_unit(config))
     base = torch.arange(focal.shape[2], dtype=torch.int32, device=focal.device) * config.unit_size
     focal = torch.where(focal >= 0, focal + base[:, None], -1)
@@ -197,14 +192,11 @@ def _focal_by_unit(
 def _group_by_unit(
     chosen: Tensor, key: Tensor, value: Tensor, docs: Documents, config: DGAConfig
 ) -> Tensor:
+    if not config.groups:
+        none = (*key.shape[:2], 0, config.group_size)
+        return torch.full(none, -1, dtype=torch.int32, device=key.device)
     free = _units(~chosen, config) & _in_last_document(docs, config)[:, None]
     return group_units(free, key, value, config)
-
-
-def _no_groups(key: Tensor, config: DGAConfig) -> Tensor:
-    return torch.full(
-        (*key.shape[:2], 0, config.group_size), -1, dtype=torch.int32, device=key.device
-    )
 
 
 def _member_score(score: Tensor, members: Tensor, config: DGAConfig) -> Tensor | None:
@@ -321,7 +313,8 @@ def _intervals(
     raw_end = after
     if not config.groups:
         leaves = from_when(index)
-        # As a minimum, Inductor (torch 2.13) would make it part of an index, and fail.
+        # As a minimum, or below a maximum, Inductor (torch 2.13) would make it part of an index,
+        # and fail.
         raw_end = torch.where(leaves < after, leaves, after)
     raw_end = put(
         put(raw_end, focal, focal_from), members.flatten(2), _per_member(group_from, members)
@@ -337,7 +330,10 @@ def _intervals(
     if not is_causal:
         earliest = torch.where(members >= 0, members, NEVER).amin(-1)
         focal_to, group_to = _takeover(focal, config), _takeover(earliest, config)
-        start = first if config.groups else torch.maximum(first, _takeover(index, config))
+        start = first
+        if not config.groups:
+            enters = _takeover(index, config)
+            start = torch.where(enters > first, enters, first)
         start = put(put(start, focal, focal_to), members.flatten(2), _per_member(group_to, members))
         raw = raw._replace(start=torch.maximum(start, first))
         # Slots are seen from both sides of their tokens: once before, once after.

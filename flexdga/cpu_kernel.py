@@ -1,14 +1,18 @@
-"""Two repairs to flex_attention's CPU kernel, for the versions of torch where they were verified.
+"""Repairs to flex_attention's CPU kernel, for the versions of torch where they were verified.
 
-1. Speed. Inductor generates the kernel's q·kᵀ with a register block of 1×16, which leaves most
-   of the machine idle; with 8×32 the same kernel is about 1.5 times as fast.
-   (`CppFlexAttentionTemplate.micro_gemm_define`, `GemmBlocking(1, 16, 1)`.)
-2. Correctness. The template renames the symbols of its tile sizes by replacing text: `ks2` also
+1. Speed. The fp32 kernel multiplies q·kᵀ by generated code that reaches half of what the machine
+   can do. Here keys are transposed once, block by block, and ATen's own GEMM (`brgemm`), which the
+   template takes for the second product already, takes the first as well.
+2. Speed. Without a score mod the template still copies every score through the identity, scales it
+   in a pass of its own, and allocates index vectors for each block. Here blocks that are seen whole
+   do none of it, and the scale goes into the pass that finds the maximum.
+3. Correctness. The template renames the symbols of its tile sizes by replacing text: `ks2` also
    inside `ks22`, so that a graph with dynamic shapes may not compile
    (`CppFlexAttentionTemplate.modification`).
 
-Both act only while Inductor lowers a call that carries flexdga's mark in its `kernel_options`;
-everybody else's kernels stay as they are. FLEXDGA_STOCK_CPU_KERNEL=1 switches them off.
+1 and 2 are edits of the template's text, 3 is a class in place of another. All act only while
+Inductor lowers a call that carries flexdga's mark in its `kernel_options`; everybody else's kernels
+stay as they are. FLEXDGA_STOCK_CPU_KERNEL=1 switches them off. What moved what: bench/NOTES.md.
 """
 
 from __future__ import annotations
@@ -22,19 +26,23 @@ import torch
 
 VERIFIED = ("2.13.",)
 """Versions of torch on which the repairs were tested."""
-REGISTER_BLOCK = (8, 32)
-"""Rows and columns; 6×48 gave wrong results at lengths it does not divide."""
-_MARK = "FLEXDGA_REGISTER_BLOCK"
+PLAIN, SCORED = "plain", "scored"
+"""The mark of a call whose scores are q·k times a positive scale, and of any other."""
+_MARK = "FLEXDGA_CPU_KERNEL"
 
 _log = logging.getLogger("flexdga")
 
 
-def mark() -> dict[str, Any]:
+def mark(*, plain: bool) -> dict[str, Any]:
     """Kernel options that ask for the repaired kernel, or none where it is not to be had.
 
     The mark is part of the graph, so that Inductor's caches tell repaired kernels from others.
+
+    Args:
+        plain: whether the scale is positive, so that what is masked may be scaled after it is
+            masked, and there is no score mod.
     """
-    return {_MARK: REGISTER_BLOCK} if _available() else {}
+    return {_MARK: PLAIN if plain else SCORED} if _available() else {}
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -69,21 +77,27 @@ def _install() -> None:
     lowering: Any = flex_attention
     flex: Any = template.CppFlexAttentionTemplate
     stock_lower, stock_init = lowering.lower_cpu, flex.__init__
-    stock_modification, stock_micro_gemm = flex.modification, flex.micro_gemm_define
-    stock_blocking = vars(template)["GemmBlocking"]
-    marked = False
+    stock_modification, stock_choose = flex.modification, flex.choose_flex_template
+    stock_text = template.FLEX_ATTENTION_TEMPLATE
+    scored_text = _with_transposed_keys(stock_text)
+    texts = {SCORED: scored_text, PLAIN: _without_idle_passes(scored_text)}
+    marked = None
 
     def lower_cpu(*args: Any) -> Any:
         nonlocal marked
-        marked = _MARK in args[6]  # the kernel options
+        marked = args[6].get(_MARK)  # the kernel options
         try:
             return stock_lower(*args)
         finally:
-            marked = False
+            marked = None
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         stock_init(self, *args, **kwargs)
         self.flexdga = marked  # the source is rendered again later, when lower_cpu has returned
+
+    def choose_flex_template(self: Any, *args: Any) -> Any:
+        text = stock_choose(self, *args)
+        return texts.get(self.flexdga, text) if text == stock_text else text
 
     def modification(self: Any, *args: Any) -> Any:
         class KernelGroup(cpp.KernelGroup):
@@ -97,16 +111,85 @@ def _install() -> None:
         with patch.object(cpp, "KernelGroup", KernelGroup if self.flexdga else cpp.KernelGroup):
             return stock_modification(self, *args)
 
-    def micro_gemm_define(self: Any, kernel_name: str) -> Any:
-        def blocking(*stock: int) -> Any:
-            rows, columns = REGISTER_BLOCK if self.flexdga else stock[:2]
-            return stock_blocking(rows, columns, stock[2])
-
-        with patch.object(template, "GemmBlocking", blocking):
-            return stock_micro_gemm(self, kernel_name)
-
     lowering.lower_cpu = lower_cpu
     flex.__init__, flex.modification = init, modification
-    flex.micro_gemm_define = micro_gemm_define
+    flex.choose_flex_template = choose_flex_template
     _said.add("installed")
-    _log.info("flexdga: CPU kernels use a register block of %d×%d", *REGISTER_BLOCK)
+    _log.info("flexdga: flex_attention's CPU kernel is repaired for flexdga's own calls")
+
+
+# The template's text. The pieces below are torch's own lines, which say where an edit goes.
+
+
+def _with_transposed_keys(text: str) -> str:
+    text = _replace(
+        text,
+        "  // Attention loop below\n",
+        """
+  constexpr bool transposed = std::is_same_v<scalar_t, float>;
+  if constexpr (transposed) {
+    at::parallel_for(0, batchSize_k * num_head_k * kvSlice, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t z = begin; z < end; ++z) {
+        int64_t n = z % kvSlice * kvSplitSize;
+        int64_t head = z / kvSlice;
+        int64_t columns = std::min(kvSplitSize, kvSize - n);
+        at::native::utils::transpose<float>(
+            columns, headSize,
+            k_data + head / num_head_k * kStrideB + head % num_head_k * kStrideH + n * kStrideN,
+            kStrideN,
+            key_reorder_ptr + (head * kvSize + n) * headSize, columns);
+      }
+    });
+  }
+  // Attention loop below
+""",
+    )
+    return _replace(
+        text,
+        """        if (!need_pack) {
+          auto k_addr =
+""",
+        """        if constexpr (transposed) {
+          at::native::cpublas::brgemm(
+              cur_qSplitSize, cur_kvSplitSize, headSize, qStrideM, cur_kvSplitSize,
+              cur_kvSplitSize, false,
+              q_data + i * qStrideB + j * qStrideH + m * qStrideM,
+              key_reorder_ptr + ((i_kv * num_head_k + j_kv) * kvSize + n) * headSize,
+              qk_data, false);
+        } else if (!need_pack) {
+          auto k_addr =
+""",
+    )
+
+
+def _without_idle_passes(text: str) -> str:
+    text = _replace(
+        text,
+        "        {{kernel.kernel_name}}_mul_scale_kernel<accum_t>"
+        "(qk_data, scaling_factor, cur_qSplitSize*cur_kvSplitSize);\n",
+        "",
+    )
+    text = _replace(
+        text, "              static_cast<accum_t>(1),\n", "              scaling_factor,\n"
+    )
+    text = _replace(
+        text,
+        "        // TODO: reduce the number of calls of q_idx and kv_idx initialization\n",
+        "        if (n_idx < kv_indice_num) {  // blocks that are seen in part come first\n",
+    )
+    begin, end = (
+        text.index("        // apply score mod function\n"),
+        text.index("        if ((std::find(kv_indice_list.begin()"),
+    )
+    text = text[:begin] + text[end:]
+    return _replace(
+        text,
+        "        if ((std::find(kv_indice_list.begin(), kv_indice_list.end(), cur_n)"
+        " != kv_indice_list.end()) ){\n",
+        "",
+    )
+
+
+def _replace(text: str, old: str, new: str) -> str:
+    assert text.count(old) == 1, old  # of a verified version of torch
+    return text.replace(old, new)

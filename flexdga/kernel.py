@@ -56,14 +56,15 @@ def attend(
         plan = with_null_slot(plan)
     slots = compress(query, key, value, plan, weights=weights, mass=mass, scale=scale)
     backward = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    slot_score_mod = _slot_score_mod(score_mod, plan, slots, query.shape[1])
     options: Any = _tiles(block_size) | (kernel_options or {})
     if query.device.type == "cpu":
-        options |= cpu_kernel.mark()
+        options |= cpu_kernel.mark(plain=slot_score_mod is None and scale > 0)
     out = flex_attention(
         query,
         slots.key,
         slots.value,
-        score_mod=_slot_score_mod(score_mod, plan, slots, query.shape[1]),
+        score_mod=slot_score_mod,
         block_mask=block_mask(plan, query.shape[1], block_size, backward=backward),
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],

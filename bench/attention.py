@@ -17,6 +17,7 @@ from . import baselines, hardware, measure, options
 from .errors import UsageError
 from .progress import Stages
 from .report import Report, absent_by_length, write_json
+from .roofline import PEAK_SIZE, gemm_peak, roofline
 from .session import Compiled, LayerRow, Row, Session
 from .workloads import QKV, ModelSource, Shape, default_text, random_qkv
 
@@ -41,6 +42,7 @@ class Options:
     json: str | None
     csv: str | None
     plot: str | None
+    profile: str | None
     model: Path | None
     text: str | None
     layers: tuple[int, ...]
@@ -84,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", metavar="PATH", help="all numbers as JSON; - for stdout (tables go to stderr)")
     add("--csv", metavar="PATH", help="the rows as CSV")
     add("--plot", metavar="PATH.png", help="time against length (needs the `plot` extra)")
+    add("--profile", metavar="FILE.json", help="Chrome trace of a DGA call at the last length")
     add(
         "--model",
         type=Path,
@@ -128,6 +131,7 @@ def _check(a: argparse.Namespace) -> Options:
             f"--kv-heads {shape.kv_heads}: expected a divisor of --heads {shape.heads}"
         )
     options.check_outputs(a.json, a.csv, a.plot)
+    options.check_output("--profile", a.profile, ".json")
     text = None
     if a.model is not None:
         try:
@@ -138,7 +142,7 @@ def _check(a: argparse.Namespace) -> Options:
         lengths=a.lengths, dtype=options.DTYPES[a.dtype], device=options.check_device(a.device),
         threads=a.threads, shape=shape, repeats=a.repeats, seed=a.seed,
         config=options.parse_config(a.config, dense_below=0), json=a.json, csv=a.csv,
-        plot=a.plot, model=a.model, text=text, layers=a.layers or (),
+        plot=a.plot, profile=a.profile, model=a.model, text=text, layers=a.layers or (),
     )  # fmt: skip
 
 
@@ -191,13 +195,23 @@ def _measure(
                 stages.begin(f"L = {length}" + ("" if x.layer is None else f", layer {x.layer}"))
                 sample, more, why = session.sample(x, stages.detail)
                 samples.append(sample)
+                last = x
                 compiled += more
                 refused.append((length, why))
                 stages.end()
             rows += session.rows(samples)
             layers += session.layer_rows(samples)
+    peak = gemm_peak(chosen.dtype, chosen.device)
+    if chosen.profile is not None:
+        measure.write_trace(
+            next(m.bind(last).call for m in found if m.name == baselines.DGA), chosen.profile
+        )
     header = _header(chosen, shape, source, rows, time.perf_counter() - begin)
-    return Report(header, rows, layers, compiled, missing, absent_by_length(refused))
+    header["GEMM peak"] = f"{peak:.0f} GFLOP/s, square matrices of {PEAK_SIZE}"
+    return Report(
+        header, rows, layers, compiled, missing, absent_by_length(refused),
+        roofline(rows, shape, peak),
+    )  # fmt: skip
 
 
 def _header(

@@ -144,3 +144,15 @@ def _with_peak_memory(call: Callable[[], Tensor], device: torch.device) -> tuple
         held += event.nbytes()
         peak = max(peak, held)
     return out, peak
+
+
+def write_trace(call: Call, path: str) -> None:
+    """One warm call as a Chrome trace: compiled parts and operators, when and for how long."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    call()
+    with profile(activities=activities) as profiler:
+        call()
+    profiler.export_chrome_trace(path)

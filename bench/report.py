@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 import tabulate
 
+from .roofline import RooflineRow
 from .session import Compiled, LayerRow, Row
 
 WIDTH = 80
@@ -27,6 +28,9 @@ LEGEND = {
     "speedup": "time of the fastest SDPA backend over this method's.",
     "computed": "score entries in the blocks that the kernel visits, over the L(L+1)/2 of dense "
     "causal attention, mean of the heads (SDPA: 1 by definition).",
+    "GFLOP": "arithmetic of the computed entries, 4·D each (10⁹ operations), without planning's; "
+    "per second of the whole call, then of the call without planning (compression, block mask and "
+    "kernel), and what share each is of the machine's best matrix product (header).",
     "err": "|output - dense| / |dense| (Frobenius norms), dense being SDPA in float32.",
 }
 ON_RANDOM = (
@@ -46,6 +50,7 @@ class Report:
         compiled: first calls that compiled.
         missing: methods that this machine lacks, and why.
         left_out: methods left out at some lengths: (method, reason) to the lengths.
+        roofline: arithmetic of the rows.
     """
 
     header: dict[str, Any]
@@ -54,6 +59,7 @@ class Report:
     compiled: list[Compiled]
     missing: dict[str, str]
     left_out: dict[int, dict[str, str]]
+    roofline: list[RooflineRow]
 
     def text(self, peak_source: str) -> str:
         """Header, tables and legend."""
@@ -64,6 +70,7 @@ class Report:
             parts.append(_length_table(found, of_model))
             own = [row for row in self.layers if row.length == length]
             parts.append(_layer_table(own) if own else "")
+        parts.append(_roofline_table(self.roofline))
         parts.append(self._absent())
         parts.append(_compile_table(self.compiled))
         legend = LEGEND | {"MiB": f"peak memory of a call beyond its inputs ({peak_source})."}
@@ -116,6 +123,23 @@ def _length_table(rows: Sequence[Row], of_model: bool) -> str:
         line["MiB"] = number(row.peak_mib, 2)
         lines.append(line)
     return f"{title}\n{table(lines)}"
+
+
+def _roofline_table(rows: Sequence[RooflineRow]) -> str:
+    shown = [row for row in rows if "math" not in row.method]
+    lines = [
+        {
+            "roofline": row.method,
+            "L": str(row.length),
+            "GFLOP": number(row.gflop),
+            "GFLOP/s": number(row.gflops),
+            "of peak": f"{row.share:.0%}",
+            "kernel GFLOP/s": number(row.kernel_gflops),
+            "of  peak": f"{row.kernel_share:.0%}",
+        }
+        for row in shown
+    ]
+    return table(lines)
 
 
 def _layer_table(rows: Sequence[LayerRow]) -> str:

@@ -42,6 +42,15 @@ def check_rows(rows: list[dict[str, Any]], lengths: list[int]) -> None:
         assert max(row["speedup"] for name, row in here.items() if "SDPA" in name) == 1
 
 
+def check_roofline(found: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+    assert [(r["length"], r["method"]) for r in found] == [(r["length"], r["method"]) for r in rows]
+    for line, row in zip(found, rows):
+        entries = row["computed"] * 8 * row["length"] * (row["length"] + 1) / 2  # 8 heads
+        assert line["gflop"] == pytest.approx(entries * 4 * 64 / 1e9)
+        assert line["gflops"] == pytest.approx(line["gflop"] / row["median_ms"] * 1e3)
+        assert 0 < line["gflops"] <= line["kernel_gflops"] and 0 < line["share"] < 1.5
+
+
 def check_width(text: str) -> None:
     assert [line for line in text.splitlines() if len(line) > 80] == []
 
@@ -51,7 +60,8 @@ def test_default_command_measures_and_writes_all_files(
 ) -> None:
     paths = {name: tmp_path / f"out.{name}" for name in ("json", "csv", "png")}
     argv = ["--lengths", "512,256", "--repeats", "2", "--threads", "2", "--device", "cpu"]
-    outputs = ["--json", str(paths["json"]), "--csv", str(paths["csv"])]
+    trace = tmp_path / "trace.json"
+    outputs = ["--json", str(paths["json"]), "--csv", str(paths["csv"]), "--profile", str(trace)]
     assert main([*argv, *outputs, "--plot", str(paths["png"])]) == 0
     shown = capsys.readouterr().out
     check_width(shown)
@@ -68,6 +78,9 @@ def test_default_command_measures_and_writes_all_files(
             row["method"] for row in found["rows"]
         ]
     assert paths["png"].read_bytes().startswith(b"\x89PNG")
+    check_roofline(found["roofline"], found["rows"])
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert any("Torch-Compiled Region" in event["name"] for event in events)
 
 
 def test_json_alone_on_stdout_and_dense_below_is_heard(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,69 @@
+"""How much arithmetic a method does, how fast, and how near that is to the machine's best."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from .measure import timed
+from .session import Row
+from .workloads import Shape
+
+PEAK_SIZE = 2048
+PEAK_ROUNDS = 9
+
+
+@dataclasses.dataclass(frozen=True)
+class RooflineRow:
+    """One method at one length.
+
+    Attributes:
+        length: of the sequence.
+        method: its name.
+        gflop: of the two products (query and key, weights and value) of all score entries in the
+            blocks that the kernel visits, in 10⁹ operations.
+        gflops: the same by second, over all of the method's time.
+        share: of `gemm_peak`.
+        kernel_gflops: over its time without planning; as `gflops` where nothing is planned.
+        kernel_share: of `gemm_peak`.
+    """
+
+    length: int
+    method: str
+    gflop: float
+    gflops: float
+    share: float
+    kernel_gflops: float
+    kernel_share: float
+
+
+def gemm_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """GFLOP/s of the fastest of a few square matrix products, PyTorch's own."""
+    a, b = (torch.randn(PEAK_SIZE, PEAK_SIZE, device=device).to(dtype) for _ in range(2))
+    a @ b
+    best = min(timed(lambda: a @ b, device) for _ in range(PEAK_ROUNDS))
+    return 2 * PEAK_SIZE**3 / best / 1e9
+
+
+def roofline(rows: Sequence[Row], shape: Shape, peak: float) -> list[RooflineRow]:
+    """Rows with their arithmetic.
+
+    Args:
+        rows: what was timed.
+        shape: of the queries.
+        peak: `gemm_peak`.
+    """
+    found = []
+    for row in rows:
+        entries = row.computed * shape.batch * shape.heads * row.length * (row.length + 1) / 2
+        gflop = entries * 4 * shape.head_dim / 1e9
+        rate = gflop / row.median_ms * 1e3
+        # Planning is timed by calls of its own, and may seem to take longer than the whole.
+        kernel_ms = max(row.median_ms - (row.planner_ms or 0), 0.01 * row.median_ms)
+        kernel = gflop / kernel_ms * 1e3
+        found.append(
+            RooflineRow(row.length, row.method, gflop, rate, rate / peak, kernel, kernel / peak)
+        )
+    return found

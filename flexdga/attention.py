@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexdga.by_blocks import Choices
 from flexdga.checks import check_inputs, check_plan
 from flexdga.config import DGAConfig, as_constant
+from flexdga.cpu_backward import attend_on_cpu, plan_alone, wants_gradient
 from flexdga.kernel import attend
 from flexdga.opening import open_table, openings
 from flexdga.plan import NEVER, Documents, Plan
@@ -67,8 +72,16 @@ def dga_attention(
     `torch.export` it becomes part of their graph. Sequences shorter than `config.dense_below`
     take exact dense attention. Grouped-query attention is recognised by the head counts.
 
+    Gradients flow to query, key and value, through focal copies and groups (their weights and
+    their bias too), and to floating-point tensors that the score mod captures. What is chosen is
+    discrete and has none. Where gradients are wanted, a config of `prompt` scope that lets later
+    tokens decide what earlier ones see warns, once. On CPU gradients are flexdga's own
+    (`cpu_backward.py`): a `torch.compile` around them breaks its graph there, and gradients of
+    gradients and `torch.vmap` raise. Under autocast the tensors are cast as SDPA casts them.
+
     Args:
-        query: (B, H, L, D) float32, bfloat16 or float16, rotated already if the model rotates.
+        query: (B, H, L, D) float32, bfloat16 or float16, on CPU also float64 (slower, for checks
+            of gradients); rotated already if the model rotates.
         key: (B, Hkv, L, D), Hkv divides H.
         value: (B, Hkv, L, Dv).
         config: the choices; None = `DGAConfig()`.
@@ -91,9 +104,11 @@ def dga_attention(
     Raises:
         ValueError: shapes, devices, documents or arguments do not fit together.
         TypeError: an argument is of the wrong type or dtype.
-        NotImplementedError: a gradient is asked for on CPU, where flex_attention has none.
+        NotImplementedError: on CPU, the score mod depends on a tensor that requires a gradient
+            and cannot be found in it.
     """
     config = _checked(config)
+    query, key, value = _as_autocast(query, key, value)
     check_inputs(query, key, value, config, is_causal, scale, score_mod, document_ids, lengths)
     if plan is not None:
         check_plan(plan, query, key, config, is_causal, document_ids, lengths)
@@ -104,18 +119,16 @@ def dga_attention(
     if dense and score_mod is None and not return_plan:
         alone = document_ids is None and lengths is None
         return _dense(query, key, value, None if alone else docs, is_causal, scale)
-    _check_backward(query, key, value)
+    leaks = plan is None and not dense and is_causal and config.looks_ahead
+    if leaks and wants_gradient(None, query, key, value):
+        _warn_of_leak()
     query, key, value, docs = _in_steps(query, key, value, docs, config)
-    if dense:
-        plan = dense_plan(docs, key.shape[1], is_causal=is_causal)
-    elif plan is None:
-        plan = _plan(query, key, value, docs, config, is_causal, scale)
-    out = _run(
-        attend, query, key, value, plan,
-        weights=config.group_weights, mass=config.group_bias == "mass",
-        block_size=config.block_size, scale=scale, score_mod=score_mod,
-        kernel_options=kernel_options,
-    )  # fmt: skip
+    with _without_autocast(query.device.type):
+        if dense:
+            plan = dense_plan(docs, key.shape[1], is_causal=is_causal)
+        elif plan is None:
+            plan = _plan(query, key, value, docs, config, is_causal, scale)
+        out = _attend(query, key, value, plan, config, scale, score_mod, kernel_options)
     out = out[:, :, :length]
     return (out, plan) if return_plan else out
 
@@ -170,6 +183,29 @@ def _in_steps(
     return padded(query, 2), padded(key, 2), padded(value, 2), docs
 
 
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Plan,
+    config: DGAConfig,
+    scale: float,
+    score_mod: ScoreMod | None,
+    kernel_options: dict[str, Any] | None,
+) -> Tensor:
+    """Attention to the slots of a plan, by the kernel; on CPU with gradients of our own."""
+    choices = Choices(
+        config.group_weights, config.group_bias == "mass", config.block_size, scale, score_mod
+    )
+    kernel = functools.partial(_run, attend, **choices._asdict(), kernel_options=kernel_options)
+    if query.device.type != "cpu":
+        return kernel(query, key, value, plan)
+    if query.dtype == torch.float64 or wants_gradient(score_mod, query, key, value):
+        return attend_on_cpu(kernel, query, key, value, plan, choices)
+    with torch.no_grad():  # one compilation, whoever calls; the kernel refuses what wants gradients
+        return kernel(query.detach(), key.detach(), value.detach(), plan)
+
+
 def _plan(
     query: Tensor,
     key: Tensor,
@@ -179,7 +215,7 @@ def _plan(
     is_causal: bool,
     scale: float,
 ) -> Plan:
-    with torch.no_grad():  # which tokens are chosen is discrete
+    def planner(query: Tensor, key: Tensor, value: Tensor, docs: Documents) -> Plan:
         plan: Plan = _run(
             plan_attention, query, key, value, docs,
             config=config, is_causal=is_causal, scale=scale,
@@ -190,6 +226,13 @@ def _plan(
             query, key, docs, config=config, is_causal=is_causal, scale=scale, run=_run
         )
         return dataclasses.replace(plan, open=table)
+
+    # Which tokens are chosen is discrete. Detached, so that training shares the compilation.
+    eager = not torch.compiler.is_compiling()
+    if eager and query.device.type == "cpu" and wants_gradient(None, query, key, value):
+        return plan_alone(planner, query, key, value, docs)
+    with torch.no_grad():
+        return planner(query.detach(), key.detach(), value.detach(), docs)
 
 
 _compile: Any = torch.compile  # its annotations lag behind its arguments
@@ -246,13 +289,39 @@ def _dense(
     return out.masked_fill((docs.after == 0)[:, None, :, None], 0)
 
 
-def _check_backward(*tensors: Tensor) -> None:
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if wanted and tensors[0].device.type == "cpu":
-        raise NotImplementedError(
-            "dga_attention: query, key or value requires a gradient, and flex_attention has no "
-            "backward on CPU; expected torch.no_grad() or detached tensors"
-        )
+def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as SDPA takes them under autocast; what is wrong with them is said later."""
+    if not all(isinstance(t, Tensor) for t in tensors):
+        return tensors
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    enabled = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if enabled else nullcontext()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _warn_of_leak() -> None:
+    """Say once that training sees the future; a compiler that traces this runs it."""
+    if "leak" in _said:
+        return
+    _said.add("leak")
+    warnings.warn(
+        "flexdga: training with scope='prompt', in which later tokens help to decide what earlier "
+        "ones see: a language model can learn from that leak what it will not have when it "
+        "generates. DGAConfig(scope='causal') has none.",
+        stacklevel=3,
+    )
+
+
+_said: set[str] = set()
 
 
 def _mark_dynamic(tensor: Tensor) -> Tensor:

@@ -113,8 +113,9 @@ def _mask_mod(plan: Plan, rep: int, block_size: tuple[int, int]) -> MaskMod:
         # Padding sees nothing, whatever its block opens: its own raw slot never starts.
         opened = (since[b, h, q // query_block, unit] <= q) & (start[b, h // rep, q] <= q)
         inside = interval(b, h, q, s)
-        # A raw slot stands at its own position, a slot of another section before it.
-        return torch.where(place == s, inside | opened, inside & ~opened)
+        # A raw slot stands at its own position, a slot of another section before it; one that
+        # stands nowhere (attention sinks) belongs to no unit.
+        return torch.where(place == s, inside | opened, inside & ~(opened & (place >= 0)))
 
     return interval_or_open
 

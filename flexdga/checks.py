@@ -33,8 +33,12 @@ def check_inputs(
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         if tensor.dim() != 4:
             raise ValueError(f"{name}: expected 4 dimensions (B, H, L, D), got {_shape(tensor)}")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
+        exact = tensor.dtype == torch.float64 and tensor.device.type == "cpu"
+        if tensor.dtype not in DTYPES and not exact:
+            raise TypeError(
+                f"{name}: expected float32, bfloat16, float16, or on CPU float64, got "
+                f"{tensor.dtype}"
+            )
         if tensor.dtype != query.dtype:
             raise TypeError(f"{name}: expected {query.dtype} like the query, got {tensor.dtype}")
         if tensor.device != query.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from flexdga.config import GroupWeights
 from flexdga.indexing import take_rows
 from flexdga.plan import Plan
+
+Take = Callable[[Tensor, Tensor], Tensor]
 
 
 class Slots(NamedTuple):
@@ -51,7 +54,8 @@ def compress(
     bias = None
     if pooled.entropy is not None:
         exact = plan.num_slots - pooled.entropy.shape[-1]
-        bias = torch.cat([torch.zeros_like(plan.start[..., :exact]).float(), pooled.entropy], -1)
+        none = torch.zeros_like(plan.start[..., :exact], dtype=pooled.entropy.dtype)
+        bias = torch.cat([none, pooled.entropy], -1)
     return Slots(
         torch.cat([key, pooled.focal_key, pooled.group_key], 2),
         torch.cat([value, pooled.focal_value, pooled.group_value], 2),
@@ -80,6 +84,7 @@ def pool(
     weights: GroupWeights,
     mass: bool,
     scale: float,
+    take: Take = take_rows,
 ) -> Pooled:
     """Copies of the focal tokens, and one key and value for each group.
 
@@ -93,20 +98,24 @@ def pool(
         weights: how members weigh in their group.
         mass: whether groups get the entropy of their weights as bias.
         scale: of the scores.
+        take: reads rows of query, key and value; whoever differentiates by hand gives its own.
     """
     if members.shape[2] == 0:
-        none = take_rows(key, focal[..., :0]), take_rows(value, focal[..., :0])
+        none = take(key, focal[..., :0]), take(value, focal[..., :0])
         entropy = torch.zeros_like(focal[..., :0], dtype=torch.float32) if mass else None
-        return Pooled(take_rows(key, focal), take_rows(value, focal), *none, entropy)
-    weight = group_weights(query, key, members, member_score, weights=weights, scale=scale)
+        return Pooled(take(key, focal), take(value, focal), *none, entropy)
+    weight = group_weights(
+        query, key, members, member_score, weights=weights, scale=scale, take=take
+    )
     share = weight.to(key)[..., None, :]
     # With weights p, log Σ exp(s_i) >= Σ p_i s_i + H(p): the group's score plus the entropy.
     return Pooled(
-        take_rows(key, focal),
-        take_rows(value, focal),
-        (share @ take_rows(key, members)).squeeze(-2),
-        (share @ take_rows(value, members)).squeeze(-2),
-        torch.special.entr(weight).sum(-1) if mass else None,
+        take(key, focal),
+        take(value, focal),
+        (share @ take(key, members)).squeeze(-2),
+        (share @ take(value, members)).squeeze(-2),
+        # Never at 0, where the slope of the entropy is infinite.
+        torch.special.entr(weight.clamp(min=1e-30)).sum(-1) if mass else None,
     )
 
 
@@ -118,8 +127,9 @@ def group_weights(
     *,
     weights: GroupWeights,
     scale: float,
+    take: Take = take_rows,
 ) -> Tensor:
-    """(B, Hkv, G, m) float32 weights of each group's members; 0 for absent ones.
+    """(B, Hkv, G, m) weights of each group's members, 0 for absent ones; float32, or float64.
 
     `last_query` follows the paper: p = softmax of q_last·k_i·scale over the group, with q_last
     the query of the group's last token. Query heads that share the KV head average their weights
@@ -136,9 +146,10 @@ def group_weights(
     rep = query.shape[1] // kv_heads
     last = members.amax(-1)
     # Rows of all query heads of a KV head at the group's last token: (B, Hkv, rep, G, D).
-    q_last = take_rows(query, last.repeat_interleave(rep, 1)).unflatten(1, (kv_heads, rep))
-    k_members = take_rows(key, members)
-    score = (k_members @ q_last.permute(0, 1, 3, 4, 2)).float() * scale  # (B, Hkv, G, m, rep)
+    q_last = take(query, last.repeat_interleave(rep, 1)).unflatten(1, (kv_heads, rep))
+    k_members = take(key, members)
+    score = k_members @ q_last.permute(0, 1, 3, 4, 2)  # (B, Hkv, G, m, rep)
+    score = score.to(torch.promote_types(score.dtype, torch.float32)) * scale
     score = score.masked_fill(~here[..., None], float("-inf"))
     weight = torch.softmax(score, -2).mean(-1)
     return torch.where(here, weight, 0.0)  # a group without members has no softmax: 0, not NaN

@@ -357,6 +357,8 @@ class DGAConfig:
     """
     needs_importance: bool = dataclasses.field(init=False, repr=False, compare=False)
     """Whether anything depends on the importance of tokens."""
+    looks_ahead: bool = dataclasses.field(init=False, repr=False, compare=False)
+    """Whether, in causal attention, later tokens help to decide what earlier ones see."""
     focal_per_step: int = dataclasses.field(init=False, repr=False, compare=False)
     """Focal slots set aside for each step of the sequence."""
     focal_per_unit: int = dataclasses.field(init=False, repr=False, compare=False)
@@ -373,6 +375,9 @@ class DGAConfig:
         derive("step", math.lcm(*self.block_size, 1 if whole else self.unit_size))
         focal = self.focal_ratio if self.focal_budget is None else self.focal_budget
         derive("needs_importance", focal > 0 or self.group_weights == "importance")
+        alike = self.groups and self.grouping == "similarity"
+        chosen = self.opens or self.needs_importance or alike
+        derive("looks_ahead", self.scope == "prompt" and chosen)
         share = Fraction(self.focal_ratio).limit_denominator(1 << 20)
         derive("focal_share", share.as_integer_ratio())
         derive("focal_per_unit", math.floor(self.unit_size * share))

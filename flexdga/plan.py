@@ -96,7 +96,8 @@ class Plan:
         # Padding sees nothing, whatever its block opens.
         real = (self.start[..., : self.length] < NEVER)[..., query_index].repeat_interleave(rep, 1)
         raw = position == torch.arange(self.num_slots, device=q.device)
-        return torch.where(raw[:, :, None], inside | opened, inside & ~opened) & real[..., None]
+        hidden = opened & (position >= 0)[:, :, None]
+        return torch.where(raw[:, :, None], inside | opened, inside & ~hidden) & real[..., None]
 
     def queries_per_slot(self) -> Tensor:
         """(B, Hkv, S) int64: how many queries see each slot; openings apart."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from flexdga import __version__
 
-from . import attention, decode, fidelity
+from . import attention, decode, fidelity, train
 from .errors import UsageError
 
 
@@ -37,6 +37,11 @@ COMMANDS: dict[str, Command] = {
         "what a model loses at a budget: language modelling and retrieval, method by method",
         fidelity.add_arguments,
         fidelity.run,
+    ),
+    "train": Command(
+        "time and memory of one attention call forward and backward, DGA against SDPA",
+        train.add_arguments,
+        train.run,
     ),
 }
 DEFAULT = "attention"

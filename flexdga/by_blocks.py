@@ -147,7 +147,7 @@ class Pass:
             ]
             if pooled.entropy is not None:
                 bias = F.pad(pooled.entropy, (plan.focal.shape[-1], 0))
-                self.made.append(bias[..., None])
+                self.made.append(bias[..., None].to(self.wide))
         rows, size = choices.block_size
         self.query = _blocks(query, rows)
         made = [_blocks(t.detach(), size) for t in self.made]

@@ -66,7 +66,8 @@ Q, K, V = (torch.randn(2, h, 100, 32) for h in (4, 2, 2))
     [
         ((Q[0], K, V), {}, ValueError, r"query: expected 4 dimensions .* got \(4, 100, 32\)"),
         ((Q, None, V), {}, TypeError, "key: expected a tensor, got NoneType"),
-        ((Q.double(), K, V), {}, TypeError, "query: expected float32, .* got torch.float64"),
+        ((Q.int(), K, V), {}, TypeError, "query: expected float32, .* got torch.int32"),
+        ((Q.double(), K, V), {}, TypeError, "key: expected torch.float64 like the query"),
         ((Q, K.half(), V), {}, TypeError, "key: expected torch.float32 like the query"),
         ((Q, K.to("meta"), V), {}, ValueError, "key: expected device cpu, got meta"),
         ((Q, K[:, :, :50], V), {}, ValueError, r"key: expected \(2, Hkv, 100, 32\)"),
@@ -128,14 +129,6 @@ def test_a_plan_of_another_shape():
     for extra in ({"lengths": torch.tensor([3, 4])}, {"is_causal": False}):
         with pytest.raises(ValueError, match="the plan holds"):
             dga_attention(Q, K, V, config=small(), plan=plan, **extra)
-
-
-def test_gradients_on_cpu_are_refused_by_name():
-    query = Q.clone().requires_grad_()
-    with pytest.raises(NotImplementedError, match="no backward on CPU"):
-        dga_attention(query, K, V, config=small())
-    dga_attention(query, K, V).sum().backward()  # short sequences are SDPA's
-    assert query.grad is not None
 
 
 def test_describe_tells_the_cost():

@@ -305,13 +305,6 @@ def test_short_sequences_and_layers_left_dense():
     assert wrapping.rows[1].slots == 200
 
 
-def test_gradients_on_cpu_are_refused_by_name():
-    model, idx = NanoGPT(), text()
-    wrap_plain(model, LOSSY)
-    with torch.enable_grad(), pytest.raises(NotImplementedError, match="requires a gradient"):
-        model(idx)
-
-
 # What is left behind
 
 

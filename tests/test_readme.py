@@ -74,3 +74,25 @@ def test_the_readme_names_both_commands():
     text = (ROOT / "README.md").read_text()
     assert "pip install -e . && flexdga-bench" in text
     assert 'pip install -e ".[test]" && pytest' in text
+
+
+def test_example_finetune_goes_on_where_it_was_killed(tmp_path):
+    """Two runs of two steps end as one of four does."""
+    save_tiny_model(tmp_path)
+    command = [sys.executable, ROOT / "examples" / "finetune.py", "--model", tmp_path]
+    command += ["--length", "200", "--lr", "1e-3", "--windows", "2"]
+
+    def run(name, steps):
+        done = subprocess.run(
+            [*command, "--steps", str(steps), "--checkpoint", tmp_path / name],
+            capture_output=True, text=True, env=os.environ | {"TORCHDYNAMO_DISABLE": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return [line for line in done.stdout.splitlines() if "NLL" in line or "resumed" in line]
+
+    whole = run("whole.pt", 4)
+    assert len(whole) == 3 and "after 4 steps" in whole[-1]
+    run("parts.pt", 2)
+    assert run("parts.pt", 4) == ["resumed after step 2 of " + str(tmp_path / "parts.pt"), *whole]
+    dense, before, after = (float(line.rpartition(" ")[2]) for line in whole)
+    assert after < before and dense > 0

@@ -2,7 +2,7 @@
 
 `wrap` puts it into a model; `dga_attention` takes the place of scaled_dot_product_attention over
 long sequences, and `DGACache` that of a decode cache. `DGAConfig` says how; `make_plan` makes a
-plan alone; `DGAttention` is a whole attention layer.
+plan alone; `DGAttention` is a whole attention layer. `export` takes a model out of Python.
 """
 
 import sys
@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from flexdga.attention import dga_attention, make_plan
 from flexdga.config import DGAConfig
+from flexdga.lowering import lower
 from flexdga.module import DGAttention
+from flexdga.packaging import export, load
 from flexdga.plan import Plan
 from flexdga.wrap import applied, report, unwrap, wrap
 
@@ -26,6 +28,9 @@ __all__ = [
     "applied",
     "dga_attention",
     "dga_decode",
+    "export",
+    "load",
+    "lower",
     "make_plan",
     "report",
     "unwrap",

@@ -22,6 +22,7 @@ from flexdga.kernel import attend
 from flexdga.opening import open_table, openings
 from flexdga.plan import NEVER, Documents, Plan
 from flexdga.planner import dense_plan, documents, plan_attention
+from flexdga.spelling import spell
 from score_mods import ScoreMod
 
 RECOMPILE_LIMIT = 64
@@ -68,9 +69,11 @@ def dga_attention(
 ) -> Tensor | tuple[Tensor, Plan]:
     """Dynamic Group Attention over a whole sequence: SDPA's arguments, fewer keys.
 
-    Compiles itself on first use, once for all lengths; inside somebody else's `torch.compile` or
-    `torch.export` it becomes part of their graph. Sequences shorter than `config.dense_below`
-    take exact dense attention. Grouped-query attention is recognised by the head counts.
+    Compiles itself on first use, once for all lengths; inside somebody else's `torch.compile` it
+    becomes part of their graph, and in `torch.export` one node of it, `torch.ops.flexdga.attention`
+    (see `flexdga.lower`), unless a score_mod, a plan or kernel options come with it. Sequences
+    shorter than `config.dense_below` take exact dense attention. Grouped-query attention is
+    recognised by the head counts.
 
     Gradients flow to query, key and value, through focal copies and groups (their weights and
     their bias too), and to floating-point tensors that the score mod captures. What is chosen is
@@ -107,18 +110,25 @@ def dga_attention(
         NotImplementedError: on CPU, the score mod depends on a tensor that requires a gradient
             and cannot be found in it.
     """
-    config = _checked(config)
+    given, config = config, _checked(config)
     query, key, value = _as_autocast(query, key, value)
     check_inputs(query, key, value, config, is_causal, scale, score_mod, document_ids, lengths)
     if plan is not None:
         check_plan(plan, query, key, config, is_causal, document_ids, lengths)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    bare = score_mod is None and plan is None and not return_plan and not kernel_options
+    if bare and torch.compiler.is_exporting():
+        text = "{}" if given is None else spell(given)
+        node: Tensor = torch.ops.flexdga.attention(
+            query, key, value, document_ids, lengths, text, is_causal, scale
+        )
+        return node
     batch, _, length, _ = query.shape
     docs = documents(document_ids, lengths, (batch, length), query.device)
     dense = plan is None and (length < config.dense_below or config.prefill == "dense")
     if dense and score_mod is None and not return_plan:
         alone = document_ids is None and lengths is None
-        return _dense(query, key, value, None if alone else docs, is_causal, scale)
+        return dense_attention(query, key, value, None if alone else docs, is_causal, scale)
     leaks = plan is None and not dense and is_causal and config.looks_ahead
     if leaks and wants_gradient(None, query, key, value):
         _warn_of_leak()
@@ -263,7 +273,7 @@ def _run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return _compiled[function](*args, **kwargs)
 
 
-def _dense(
+def dense_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -7,12 +7,14 @@
    in a pass of its own, and allocates index vectors for each block. Here blocks that are seen whole
    do none of it, and the scale goes into the pass that finds the maximum.
 3. Correctness. The template renames the symbols of its tile sizes by replacing text: `ks2` also
-   inside `ks22`, so that a graph with dynamic shapes may not compile
-   (`CppFlexAttentionTemplate.modification`).
+   inside `ks22`, and names the symbols of a table's size anew unless dynamo hands them in, so that
+   a graph with dynamic shapes may not compile (`CppFlexAttentionTemplate.modification`).
+4. Compile time. Buffers in the source are numbered through the whole graph, so that no two layers
+   of a model shared their kernel (`score_buf_idx`, `mask_buf_idx`).
 
-1 and 2 are edits of the template's text, 3 is a class in place of another. All act only while
-Inductor lowers a call that carries flexdga's mark in its `kernel_options`; everybody else's kernels
-stay as they are. FLEXDGA_STOCK_CPU_KERNEL=1 switches them off. What moved what: bench/NOTES.md.
+1 and 2 are edits of the template's text. All act only while Inductor lowers a call that carries
+flexdga's mark in its `kernel_options`; everybody else's kernels stay as they are.
+FLEXDGA_STOCK_CPU_KERNEL=1 switches them off. What moved what: bench/NOTES.md.
 """
 
 from __future__ import annotations
@@ -42,12 +44,15 @@ def mark(*, plain: bool) -> dict[str, Any]:
         plain: whether the scale is positive, so that what is masked may be scaled after it is
             masked, and there is no score mod.
     """
-    return {_MARK: PLAIN if plain else SCORED} if _available() else {}
+    return {_MARK: PLAIN if plain else SCORED} if available() else {}
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _available() -> bool:
-    """Install the repairs on first use; a compiler that traces this runs it."""
+def available() -> bool:
+    """Whether the repairs are to be had; installs them on first use.
+
+    A compiler that traces this runs it.
+    """
     if os.environ.get("FLEXDGA_STOCK_CPU_KERNEL", "0") not in ("", "0"):
         return False
     if not torch.__version__.startswith(VERIFIED):
@@ -94,6 +99,8 @@ def _install() -> None:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         stock_init(self, *args, **kwargs)
         self.flexdga = marked  # the source is rendered again later, when lower_cpu has returned
+        if marked:  # numbers of buffers of the whole graph: layers would not share their kernel
+            self.score_buf_idx, self.mask_buf_idx = 0, 1
 
     def choose_flex_template(self: Any, *args: Any) -> Any:
         text = stock_choose(self, *args)
@@ -105,7 +112,10 @@ def _install() -> None:
 
             def __init__(group) -> None:  # noqa: N805  (self is the template)
                 super().__init__()
+                # The kernel's own names; what `torch.export` traced is not handed in by name.
+                sizes = {s for x in self.input_nodes for n in x.get_size() for s in _symbols(n)}
                 names = ("cur_qSplitSize", "cur_kvSplitSize")
+                group.args.sizevars.update({s: f"k{s}" for s in sizes})
                 group.args.sizevars.update(zip(self.block_vars, names))
 
         with patch.object(cpp, "KernelGroup", KernelGroup if self.flexdga else cpp.KernelGroup):
@@ -193,3 +203,8 @@ def _without_idle_passes(text: str) -> str:
 def _replace(text: str, old: str, new: str) -> str:
     assert text.count(old) == 1, old  # of a verified version of torch
     return text.replace(old, new)
+
+
+def _symbols(size: Any) -> Any:
+    """The symbols of a size, in a fixed order; none of a plain number."""
+    return sorted(getattr(size, "free_symbols", ()), key=str)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from flexdga import cpu_kernel
 from flexdga.block_mask import block_mask
@@ -32,6 +32,7 @@ def attend(
     scale: float,
     score_mod: ScoreMod | None,
     kernel_options: dict[str, Any] | None,
+    mask: BlockMask | None = None,
 ) -> Tensor:
     """Attention of every query to the slots that the plan lets it see.
 
@@ -48,6 +49,7 @@ def attend(
         scale: of the scores.
         score_mod: the user's, of token positions.
         kernel_options: for flex_attention.
+        mask: `block_mask` of this plan, where it is made already.
 
     Returns:
         (B, H, L, Dv).
@@ -60,12 +62,14 @@ def attend(
     options: Any = _tiles(block_size) | (kernel_options or {})
     if query.device.type == "cpu":
         options |= cpu_kernel.mark(plain=slot_score_mod is None and scale > 0)
+    if mask is None:
+        mask = block_mask(plan, query.shape[1], block_size, backward=backward)
     out = flex_attention(
         query,
         slots.key,
         slots.value,
         score_mod=slot_score_mod,
-        block_mask=block_mask(plan, query.shape[1], block_size, backward=backward),
+        block_mask=mask,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
         kernel_options=options,

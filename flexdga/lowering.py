@@ -4,8 +4,8 @@ What torch 2.13 asks for, and what is done about it:
 
 1. A mod that captures tables of symbolic size cannot be traced: the tables are handed to the
    flex_attention operator as its own arguments (`_lift`).
-2. Sizes such as L + (-L mod 32) make Inductor's algebra slow: numbers of whole steps and of whole
-   blocks are read back from a tensor, which gives each a symbol of its own (`_Lowering.whole`).
+2. Sizes such as L + (-L mod 32) make Inductor's algebra slow: the number of whole steps is read
+   back from a tensor, which gives it a symbol of its own (`_Lowering.steps`).
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class _Lowering:
                 out = dense_attention(query, key, value, None if alone else docs, is_causal, scale)
                 return out.contiguous()
             step = chosen.step
-            fill = self.whole(length, step) * step - length
+            fill = self.steps(length, step, at_least=chosen.open_units or 0) * step - length
             docs = Documents(_filled(docs.first, 1, fill, NEVER), _filled(docs.after, 1, fill, 0),
                              docs.packed)  # fmt: skip
             query, key, value = (_filled(x, 2, fill, 0) for x in (query, key, value))
@@ -143,7 +143,7 @@ class _Lowering:
             plan = plan_attention(
                 query, key, value, docs, config=config, is_causal=is_causal, scale=scale
             )
-            plan = _with_room(plan, self.whole(plan.num_slots, config.block_size[1]), config)
+            plan = _in_whole_blocks(plan, config.block_size[1])
             mask = None if config.opens else block_mask(plan, query.shape[1], config.block_size)
             found = self.known[place] = plan, mask
         plan, mask = found
@@ -155,16 +155,17 @@ class _Lowering:
             mask = block_mask(plan, query.shape[1], config.block_size)
         return plan, mask
 
-    def whole(self, count: int, size: int) -> int:
-        """In how many blocks of `size` so many fit, at least two: plain, or a symbol of its own."""
-        if isinstance(count, int):
-            return max(-(-count // size), 2)
-        place = self.place("whole", count, size)
+    def steps(self, length: int, step: int, at_least: int) -> int:
+        """How many steps hold the sequence, two or more: a number, or a symbol of its own."""
+        least = max(at_least, 2)
+        if isinstance(length, int):
+            return max(-(-length // step), least)
+        place = self.place("steps", length, step, least)
         if place not in self.known:
-            blocks: Any = torch.full((), torch.sym_max(-(-count // size), 2)).item()
-            torch._check(blocks >= 2)
-            torch._check(blocks * size - count >= 0)
-            self.known[place] = blocks
+            steps: Any = torch.full((), torch.sym_max(-(-length // step), least)).item()
+            torch._check(steps >= least)
+            torch._check(steps * step - length >= 0)
+            self.known[place] = steps
         found: int = self.known[place]
         return found
 
@@ -183,11 +184,13 @@ def _filled(x: Tensor, dim: int, count: int, value: int) -> Tensor:
     return torch.cat([x, x.new_full((*x.shape[:dim], count, *x.shape[dim + 1 :]), value)], dim)
 
 
-def _with_room(plan: Plan, blocks: int, config: DGAConfig) -> Plan:
-    """The plan with empty groups up to so many whole key blocks of slots."""
-    count = blocks * config.block_size[1] - plan.num_slots
+def _in_whole_blocks(plan: Plan, block: int) -> Plan:
+    """The plan with empty groups more, at least one, up to whole key blocks of slots."""
+    compressed = plan.num_slots - plan.length
+    count = (compressed // block + 1) * block - compressed
+    torch._check(count >= 1)
     score = plan.member_score
-    return dataclasses.replace(
+    made = dataclasses.replace(
         plan,
         start=_filled(plan.start, 2, count, NEVER),
         end=_filled(plan.end, 2, count, 0),
@@ -195,6 +198,8 @@ def _with_room(plan: Plan, blocks: int, config: DGAConfig) -> Plan:
         members=_filled(plan.members, 2, count, -1),
         member_score=None if score is None else _filled(score, 2, count, 0),
     )
+    torch._check(made.members.shape[2] != 0)
+    return made
 
 
 @contextlib.contextmanager

@@ -165,7 +165,7 @@ def run_python(code: str, folder: Path) -> None:
     ("changes", "packed"),
     [
         pytest.param({"open_units": None, "open_mass": 0.02, "rest": "drop", "focal_ratio": 0.0,
-                      "block_size": (32, 32)}, False, id="openings"),
+                      "block_size": (32, 32)}, False, id="openings", marks=pytest.mark.slow),
         pytest.param({}, True, id="groups-packed", marks=pytest.mark.slow),
         pytest.param({"group_weights": "importance", "group_bias": "mass"}, False, id="mass",
                      marks=pytest.mark.slow),
@@ -195,6 +195,7 @@ def test_a_lowered_program_has_only_torchs_operators_and_equal_numbers(changes, 
         assert relative_error(lowered(*inputs, *ids.values()), want) < FLOAT32
 
 
+@pytest.mark.slow
 def test_lowering_says_where_dense_below_is_not_heard_and_keeps_dense_layers(caplog, eager):
     with caplog.at_level(logging.WARNING, "flexdga"):
         program = flexdga.lower(attention_program(DGAConfig.dense()))

@@ -40,28 +40,31 @@ def visible_blocks(plan: Plan, block_size: tuple[int, int]) -> tuple[Tensor, Ten
     if plan.open is not None:
         rep = heads_per_kv_head(plan.open.shape[1], start.shape[1])
         touched, whole = (t.repeat_interleave(rep, 1) for t in (touched, whole))
-        hidden = _slots_of_open_units(plan, key_block)
+        if plan.num_slots > plan.length:
+            hidden = _slots_of_open_units(plan, key_block)
+            whole = whole & ~F.pad(hidden, (plan.length // key_block, 0))
         opened = F.pad(plan.open, (0, touched.shape[-1] - plan.open.shape[-1]), value=NEVER)
         touched = touched | (opened < NEVER)
         own = plan.start[:, :, : plan.length].unflatten(-1, (-1, query_block)).amax(-1) < NEVER
         real = own.repeat_interleave(rep, 1)[..., None]  # no padding among the queries
-        whole = (whole & ~hidden) | ((opened <= q0) & real)
+        whole = whole | ((opened <= q0) & real)
     return touched & ~whole, whole
 
 
 def _slots_of_open_units(plan: Plan, key_block: int) -> Tensor:
     """(B, H, query blocks, key blocks) bool: whether slots of an open unit are in the block.
 
-    The slots of a section are in the order of their units, so a block spans a range of these.
+    The blocks are those after the raw tokens. The slots of a section are in the order of their
+    units, so a block spans a range of these.
     """
     assert plan.open is not None
     heads, units = plan.open.shape[1], plan.open.shape[-1]
-    position = F.pad(plan.position, (0, -plan.num_slots % key_block), value=-1)
-    index = torch.arange(position.shape[-1], dtype=torch.int32, device=position.device)
-    slot = ((position >= 0) & (position != index)).unflatten(-1, (-1, key_block))  # not raw
-    home = position.unflatten(-1, (-1, key_block)) // key_block
-    first = torch.where(slot, home, units).amin(-1)
-    after = torch.where(slot, home + 1, 0).amax(-1)
+    position = plan.position[..., plan.length :]
+    position = F.pad(position, (0, -position.shape[-1] % key_block), value=-1)
+    position = position.unflatten(-1, (-1, key_block))
+    home = position // key_block
+    first = torch.where(position >= 0, home, units).amin(-1)
+    after = torch.where(position >= 0, home + 1, 0).amax(-1)
     rep = heads_per_kv_head(heads, first.shape[1])
     count = F.pad((plan.open < NEVER).cumsum(-1, dtype=torch.int32), (1, 0))
 

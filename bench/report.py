@@ -29,8 +29,8 @@ LEGEND = {
     "computed": "score entries in the blocks that the kernel visits, over the L(L+1)/2 of dense "
     "causal attention, mean of the heads (SDPA: 1 by definition).",
     "GFLOP": "arithmetic of the computed entries, 4·D each (10⁹ operations), without planning's; "
-    "per second of the whole call, then of the call without planning (compression, block mask and "
-    "kernel), and what share each is of the machine's best matrix product (header).",
+    "per second of the whole call, then (kernel) of the call without planning: compression, block "
+    "mask and kernel; and what share each is of the machine's best matrix product (header).",
     "err": "|output - dense| / |dense| (Frobenius norms), dense being SDPA in float32.",
 }
 ON_RANDOM = (
@@ -134,12 +134,12 @@ def _roofline_table(rows: Sequence[RooflineRow]) -> str:
             "GFLOP": number(row.gflop),
             "GFLOP/s": number(row.gflops),
             "of peak": f"{row.share:.0%}",
-            "kernel GFLOP/s": number(row.kernel_gflops),
+            "kernel": number(row.kernel_gflops),
             "of  peak": f"{row.kernel_share:.0%}",
         }
         for row in shown
     ]
-    return table(lines)
+    return table(lines) if lines else ""
 
 
 def _layer_table(rows: Sequence[LayerRow]) -> str:

@@ -42,7 +42,7 @@ def visible_blocks(plan: Plan, block_size: tuple[int, int]) -> tuple[Tensor, Ten
         touched, whole = (t.repeat_interleave(rep, 1) for t in (touched, whole))
         if plan.num_slots > plan.length:
             hidden = _slots_of_open_units(plan, key_block)
-            whole = whole & ~F.pad(hidden, (plan.length // key_block, 0))
+            whole = whole & ~F.pad(hidden, (plan.length // key_block - 1, 0))
         opened = F.pad(plan.open, (0, touched.shape[-1] - plan.open.shape[-1]), value=NEVER)
         touched = touched | (opened < NEVER)
         own = plan.start[:, :, : plan.length].unflatten(-1, (-1, query_block)).amax(-1) < NEVER
@@ -54,13 +54,14 @@ def visible_blocks(plan: Plan, block_size: tuple[int, int]) -> tuple[Tensor, Ten
 def _slots_of_open_units(plan: Plan, key_block: int) -> Tensor:
     """(B, H, query blocks, key blocks) bool: whether slots of an open unit are in the block.
 
-    The blocks are those after the raw tokens. The slots of a section are in the order of their
-    units, so a block spans a range of these.
+    The blocks are the last one of raw tokens and those after it. The slots of a section are in the
+    order of their units, so a block spans a range of these.
     """
     assert plan.open is not None
     heads, units = plan.open.shape[1], plan.open.shape[-1]
     position = plan.position[..., plan.length :]
-    position = F.pad(position, (0, -position.shape[-1] % key_block), value=-1)
+    # The block in front holds no slots: a compiler would take a single block for a constant.
+    position = F.pad(position, (key_block, -position.shape[-1] % key_block), value=-1)
     position = position.unflatten(-1, (-1, key_block))
     home = position // key_block
     first = torch.where(position >= 0, home, units).amin(-1)

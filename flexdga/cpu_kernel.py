@@ -145,9 +145,11 @@ def _with_transposed_keys(text: str) -> str:
         int64_t columns = std::min(kvSplitSize, kvSize - n);
         at::native::utils::transpose<float>(
             columns, headSize,
-            k_data + head / num_head_k * kStrideB + head % num_head_k * kStrideH + n * kStrideN,
+            reinterpret_cast<const float*>(  // seen by the compiler for every type
+                k_data + head / num_head_k * kStrideB + head % num_head_k * kStrideH
+                + n * kStrideN),
             kStrideN,
-            key_reorder_ptr + (head * kvSize + n) * headSize, columns);
+            reinterpret_cast<float*>(key_reorder_ptr + (head * kvSize + n) * headSize), columns);
       }
     });
   }

@@ -193,5 +193,5 @@ def test_the_layer_is_attention_between_projections():
 def test_few_public_names():
     assert sorted(flexdga.__all__) == [
         "DGACache", "DGAConfig", "DGAttention", "Plan", "applied", "dga_attention", "dga_decode",
-        "make_plan", "report", "unwrap", "wrap",
+        "export", "load", "lower", "make_plan", "report", "unwrap", "wrap",
     ]  # fmt: skip

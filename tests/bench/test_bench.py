@@ -14,6 +14,7 @@ from flexdga_bench import measure, options, report
 from flexdga_bench.baselines import DGA, MATH_LIMIT, Bound, Method, methods
 from flexdga_bench.cli import COMMANDS, main
 from flexdga_bench.errors import UsageError
+from flexdga_bench.roofline import RooflineRow
 from flexdga_bench.session import Row, Session
 from flexdga_bench.workloads import QKV, Shape, random_qkv
 from tiny_model import save_tiny_model
@@ -224,9 +225,10 @@ def test_widest_numbers_fit_80_columns() -> None:
         max_ms=99999.0, planner_ms=9876.5, planner_share=1.0, speedup=123.45, computed=1.994,
         error=1.234e-07, error_max=1.2e-07, peak_mib=98765.0,
     )  # fmt: skip
-    check_width(report.Report({}, [widest], [], [], {}, {}).text(""))
+    line = RooflineRow(1048576, "SDPA flash", 123456.7, 12345.6, 1.0, 12345.6, 1.0)
+    check_width(report.Report({}, [widest], [], [], {}, {}, [line]).text(""))
     layer = report.LayerRow(1048576, 29, 12345.6, 0.01, 1.5, 0.1)
-    check_width(report.Report({}, [widest], [layer], [], {}, {}).text(""))
+    check_width(report.Report({}, [widest], [layer], [], {}, {}, []).text(""))
 
 
 @pytest.mark.usefixtures("eager")

@@ -16,10 +16,18 @@ from flexdga import DGAConfig
 from . import baselines, hardware, measure, options
 from .errors import UsageError
 from .progress import Stages
-from .report import Report, absent_by_length, write_json
+from .report import Report, absent_by_length, spell_range, write_json
 from .roofline import PEAK_SIZE, gemm_peak, roofline
 from .session import Compiled, LayerRow, Row, Session
-from .workloads import QKV, ModelSource, Shape, default_text, random_qkv
+from .workloads import (
+    QKV,
+    ModelSource,
+    Shape,
+    add_shape,
+    default_text,
+    given_shape,
+    random_qkv,
+)  # fmt: skip
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 MODEL_LENGTH = 4096
@@ -57,23 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="L,L,...",
         help=f"tokens (default {','.join(map(str, LENGTHS))}; with --model {MODEL_LENGTH})",
     )
-    add("--dtype", choices=list(options.DTYPES), default="float32")
-    add("--device", choices=["cpu", "cuda"], default=options.default_device())
-    add("--threads", type=options.positive_int, metavar="N", help="CPU threads (default torch's)")
-    for name, default in dataclasses.asdict(Shape()).items():
-        add(
-            f"--{name.replace('_', '-')}",
-            type=options.positive_int,
-            metavar="N",
-            help=f"of the random tensors (default {default})",
-        )
-    add(
-        "--repeats",
-        type=options.positive_int,
-        metavar="N",
-        help=f"rounds at every length (default as many as {BUDGET:g} s hold, "
-        f"{measure.MIN_ROUNDS} to {measure.MAX_ROUNDS})",
-    )
+    options.add_machine(parser)
+    add_shape(parser)
+    options.add_repeats(parser, BUDGET)
     add("--seed", type=int, default=0)
     add(
         "--config",
@@ -114,9 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check(a: argparse.Namespace) -> Options:
     """Everything that can be wrong, found before anything runs."""
-    given = {name: getattr(a, name) for name in dataclasses.asdict(Shape())}
-    given = {name: value for name, value in given.items() if value is not None}
-    shape = Shape(**given)
+    shape, given = given_shape(a)
     if a.model is None:
         for name in ("text", "layers"):
             if getattr(a, name) is not None:
@@ -126,10 +118,7 @@ def _check(a: argparse.Namespace) -> Options:
         if given:
             wrong = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise UsageError(f"{wrong}: the model decides, expected none with --model")
-    if shape.heads % shape.kv_heads:
-        raise UsageError(
-            f"--kv-heads {shape.kv_heads}: expected a divisor of --heads {shape.heads}"
-        )
+    shape.check()
     options.check_outputs(a.json, a.csv, a.plot)
     options.check_output("--profile", a.profile, ".json")
     text = None
@@ -217,15 +206,13 @@ def _measure(
 def _header(
     chosen: Options, shape: Shape, source: ModelSource | None, rows: list[Row], seconds: float
 ) -> dict[str, Any]:
-    runs = sorted({row.runs for row in rows if row.method == baselines.DGA})
     header: dict[str, Any] = {
         "hardware": hardware.device_name(chosen.device),
         "threads": torch.get_num_threads(),
         "versions": hardware.versions(),
-        "shapes": f"B={shape.batch}, H={shape.heads}, Hkv={shape.kv_heads}, D={shape.head_dim}, "
-        f"{str(chosen.dtype).removeprefix('torch.')}, causal",
+        "shapes": f"{shape}, {str(chosen.dtype).removeprefix('torch.')}, causal",
         "DGAConfig": options.non_default_fields(chosen.config),
-        "rounds": f"{runs[0]}" if len(runs) == 1 else f"{runs[0]} to {runs[-1]}",
+        "rounds": spell_range(row.runs for row in rows if row.method == baselines.DGA),
         "inputs": f"random, seed {chosen.seed}",
         "wall time": f"{seconds:.0f} s",
     }

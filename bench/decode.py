@@ -69,9 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"decoded at each length (default {TOKENS})",
     )
-    add("--dtype", choices=list(options.DTYPES), default="float32")
-    add("--device", choices=["cpu", "cuda"], default=options.default_device())
-    add("--threads", type=options.positive_int, metavar="N", help="CPU threads (default torch's)")
+    options.add_machine(parser)
     add(
         "--config", nargs="+", default=[], metavar="KEY=VALUE",
         help="fields of DGAConfig, or preset=NAME",

@@ -134,8 +134,7 @@ def _with_peak_memory(call: Callable[[], Tensor], device: torch.device) -> tuple
         out = call()
         torch.cuda.synchronize(device)
         return out, torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports every start and stop otherwise
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with _profile([ProfilerActivity.CPU], profile_memory=True) as profiler:
         out = call()
     kineto = profiler.profiler.kineto_results if profiler.profiler is not None else None
     events = [event for event in kineto.events() if event.name() == "[memory]"] if kineto else []
@@ -148,11 +147,15 @@ def _with_peak_memory(call: Callable[[], Tensor], device: torch.device) -> tuple
 
 def write_trace(call: Call, path: str) -> None:
     """One warm call as a Chrome trace: compiled parts and operators, when and for how long."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
     call()
-    with profile(activities=activities) as profiler:
+    with _profile(activities) as profiler:
         call()
     profiler.export_chrome_trace(path)
+
+
+def _profile(activities: list[ProfilerActivity], profile_memory: bool = False) -> profile:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports every start and stop otherwise
+    return profile(activities=activities, profile_memory=profile_memory)

@@ -15,6 +15,7 @@ import torch
 from flexdga import DGAConfig
 
 from .errors import UsageError
+from .measure import MAX_ROUNDS, MIN_ROUNDS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRESETS: dict[str, Callable[..., DGAConfig]] = {
@@ -31,6 +32,25 @@ def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an int of at least 1, got {text!r}")
     return int(text)
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """`--dtype`, `--device` and `--threads`."""
+    add = parser.add_argument
+    add("--dtype", choices=list(DTYPES), default="float32")
+    add("--device", choices=["cpu", "cuda"], default=default_device())
+    add("--threads", type=positive_int, metavar="N", help="CPU threads (default torch's)")
+
+
+def add_repeats(parser: argparse.ArgumentParser, budget: float) -> None:
+    """`--repeats`; without it, as many rounds as `budget` seconds hold."""
+    parser.add_argument(
+        "--repeats",
+        type=positive_int,
+        metavar="N",
+        help=f"rounds at every length (default as many as {budget:g} s hold, "
+        f"{MIN_ROUNDS} to {MAX_ROUNDS})",
+    )
 
 
 def lengths(text: str) -> tuple[int, ...]:

@@ -206,6 +206,12 @@ def spell(value: Any) -> str:
     return str(value)
 
 
+def spell_range(values: Iterable[int]) -> str:
+    """`3`, or `3 to 20`."""
+    found = sorted(values)
+    return f"{found[0]}" if found[0] == found[-1] else f"{found[0]} to {found[-1]}"
+
+
 def wrap(line: str) -> str:
     """A line folded at 80 columns."""
     return textwrap.fill(line, WIDTH, subsequent_indent="  ")

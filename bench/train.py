@@ -17,10 +17,9 @@ from torch import Tensor
 from flexdga import DGAConfig, dga_attention
 
 from . import hardware, measure, options
-from .errors import UsageError
 from .progress import Stages
-from .report import number, spell, table, wrap, write_json
-from .workloads import Shape, random_qkv
+from .report import number, spell, spell_range, table, wrap, write_json
+from .workloads import Shape, add_shape, given_shape, random_qkv
 
 LENGTHS = (2048, 4096, 8192)
 BUDGET = 10.0
@@ -96,24 +95,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="L,L,...",
         help=f"tokens (default {','.join(map(str, LENGTHS))})",
     )
-    add("--dtype", choices=list(options.DTYPES), default="float32")
-    add("--device", choices=["cpu", "cuda"], default=options.default_device())
-    add("--threads", type=options.positive_int, metavar="N", help="CPU threads (default torch's)")
-    for name, default in dataclasses.asdict(Shape()).items():
-        add(
-            f"--{name.replace('_', '-')}",
-            type=options.positive_int,
-            default=default,
-            metavar="N",
-            help=f"of the random tensors (default {default})",
-        )
-    add(
-        "--repeats",
-        type=options.positive_int,
-        metavar="N",
-        help=f"rounds at every length (default as many as {BUDGET:g} s hold, "
-        f"{measure.MIN_ROUNDS} to {measure.MAX_ROUNDS})",
-    )
+    options.add_machine(parser)
+    add_shape(parser)
+    options.add_repeats(parser, BUDGET)
     add("--seed", type=int, default=0)
     add(
         "--config",
@@ -138,17 +122,14 @@ def run(arguments: argparse.Namespace) -> int:
             stages.begin(f"L = {length}")
             rows += _at_length(length, chosen, stages.detail)
             stages.end()
-    shape = chosen.shape
-    runs = sorted({row.runs for row in rows})
     report = TrainReport(
         {
             "hardware": hardware.device_name(chosen.device),
             "threads": torch.get_num_threads(),
             "versions": hardware.versions(),
-            "shapes": f"B={shape.batch}, H={shape.heads}, Hkv={shape.kv_heads}, "
-            f"D={shape.head_dim}, {str(chosen.dtype).removeprefix('torch.')}, causal",
+            "shapes": f"{chosen.shape}, {str(chosen.dtype).removeprefix('torch.')}, causal",
             "DGAConfig": options.non_default_fields(chosen.config),
-            "rounds": f"{runs[0]}" if len(runs) == 1 else f"{runs[0]} to {runs[-1]}",
+            "rounds": spell_range(row.runs for row in rows),
             "inputs": f"random, seed {chosen.seed}",
             "wall time": f"{time.perf_counter() - begin:.0f} s",
         },
@@ -163,11 +144,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check(a: argparse.Namespace) -> Options:
     """Everything that can be wrong, found before anything runs."""
-    shape = Shape(a.batch, a.heads, a.kv_heads, a.head_dim)
-    if shape.heads % shape.kv_heads:
-        raise UsageError(
-            f"--kv-heads {shape.kv_heads}: expected a divisor of --heads {shape.heads}"
-        )
+    shape, _ = given_shape(a)
+    shape.check()
     options.check_outputs(a.json, None, None)
     return Options(
         lengths=a.lengths, dtype=options.DTYPES[a.dtype], device=options.check_device(a.device),

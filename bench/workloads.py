@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import UsageError
-from .options import check_model_folder
+from .options import check_model_folder, positive_int
 
 _CAPTURE = "flexdga_bench_capture"
 
@@ -50,6 +51,34 @@ class Shape:
     heads: int = 8
     kv_heads: int = 8
     head_dim: int = 64
+
+    def __str__(self) -> str:
+        return f"B={self.batch}, H={self.heads}, Hkv={self.kv_heads}, D={self.head_dim}"
+
+    def check(self) -> None:
+        """Fail unless KV heads divide the query heads."""
+        if self.heads % self.kv_heads:
+            raise UsageError(
+                f"--kv-heads {self.kv_heads}: expected a divisor of --heads {self.heads}"
+            )
+
+
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """An option for each field of `Shape`."""
+    for name, default in dataclasses.asdict(Shape()).items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=positive_int,
+            metavar="N",
+            help=f"of the random tensors (default {default})",
+        )
+
+
+def given_shape(arguments: argparse.Namespace) -> tuple[Shape, dict[str, int]]:
+    """The shape that the options of `add_shape` ask for, and those that were given."""
+    fields = {name: getattr(arguments, name) for name in dataclasses.asdict(Shape())}
+    given = {name: value for name, value in fields.items() if value is not None}
+    return Shape(**given), given
 
 
 def random_qkv(

@@ -18,6 +18,7 @@ from flexdga.by_blocks import Choices
 from flexdga.checks import check_inputs, check_plan
 from flexdga.config import DGAConfig, as_constant
 from flexdga.cpu_backward import attend_on_cpu, plan_alone, wants_gradient
+from flexdga.indexing import filled
 from flexdga.kernel import attend
 from flexdga.opening import open_table, openings
 from flexdga.plan import NEVER, Documents, Plan
@@ -186,8 +187,7 @@ def _in_steps(
     def padded(x: Tensor, dim: int, value: int = 0) -> Tensor:
         if not torch.compiler.is_compiling() and fill == 0:
             return x.contiguous()  # as `cat` below: other strides would be compiled anew
-        more = x.new_full((*x.shape[:dim], fill, *x.shape[dim + 1 :]), value)
-        return torch.cat([x, more], dim)
+        return filled(x, dim, fill, value)
 
     docs = Documents(padded(docs.first, 1, NEVER), padded(docs.after, 1), docs.packed)
     return padded(query, 2), padded(key, 2), padded(value, 2), docs

@@ -38,6 +38,11 @@ def put(table: Tensor, index: Tensor, value: Tensor) -> Tensor:
     return F.pad(table, (0, 1)).scatter(-1, target, value)[..., :length]
 
 
+def filled(x: Tensor, dim: int, count: int, value: int) -> Tensor:
+    """`count` entries more along `dim`, all `value`; the result of a `cat` even for none."""
+    return torch.cat([x, x.new_full((*x.shape[:dim], count, *x.shape[dim + 1 :]), value)], dim)
+
+
 def runs(ids: Tensor) -> tuple[Tensor, Tensor]:
     """First index of, and first index after, the run of equal `ids` (..., L) around each entry."""
     length = ids.shape[-1]

@@ -30,6 +30,7 @@ import flexdga.operator  # noqa: F401  (registers the operator)
 from flexdga.attention import dense_attention
 from flexdga.block_mask import block_mask
 from flexdga.config import DGAConfig
+from flexdga.indexing import filled
 from flexdga.kernel import attend
 from flexdga.opening import open_table
 from flexdga.plan import NEVER, Documents, Plan
@@ -97,9 +98,9 @@ class _Lowering:
                 return out.contiguous()
             step = chosen.step
             fill = self.steps(length, step, at_least=chosen.open_units or 0) * step - length
-            docs = Documents(_filled(docs.first, 1, fill, NEVER), _filled(docs.after, 1, fill, 0),
+            docs = Documents(filled(docs.first, 1, fill, NEVER), filled(docs.after, 1, fill, 0),
                              docs.packed)  # fmt: skip
-            query, key, value = (_filled(x, 2, fill, 0) for x in (query, key, value))
+            query, key, value = (filled(x, 2, fill, 0) for x in (query, key, value))
             plan, mask = self.plan(query, key, value, docs, chosen, is_causal, scale, alone)
             with _traceable_flex_attention():
                 out = attend(
@@ -179,11 +180,6 @@ def _plainly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
-def _filled(x: Tensor, dim: int, count: int, value: int) -> Tensor:
-    """`count` entries more along `dim`."""
-    return torch.cat([x, x.new_full((*x.shape[:dim], count, *x.shape[dim + 1 :]), value)], dim)
-
-
 def _in_whole_blocks(plan: Plan, block: int) -> Plan:
     """The plan with empty groups more, at least one, up to whole key blocks of slots."""
     compressed = plan.num_slots - plan.length
@@ -192,11 +188,11 @@ def _in_whole_blocks(plan: Plan, block: int) -> Plan:
     score = plan.member_score
     made = dataclasses.replace(
         plan,
-        start=_filled(plan.start, 2, count, NEVER),
-        end=_filled(plan.end, 2, count, 0),
-        position=_filled(plan.position, 2, count, -1),
-        members=_filled(plan.members, 2, count, -1),
-        member_score=None if score is None else _filled(score, 2, count, 0),
+        start=filled(plan.start, 2, count, NEVER),
+        end=filled(plan.end, 2, count, 0),
+        position=filled(plan.position, 2, count, -1),
+        members=filled(plan.members, 2, count, -1),
+        member_score=None if score is None else filled(score, 2, count, 0),
     )
     torch._check(made.members.shape[2] != 0)
     return made

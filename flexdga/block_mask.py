@@ -40,7 +40,7 @@ def visible_blocks(plan: Plan, block_size: tuple[int, int]) -> tuple[Tensor, Ten
     if plan.open is not None:
         rep = heads_per_kv_head(plan.open.shape[1], start.shape[1])
         touched, whole = (t.repeat_interleave(rep, 1) for t in (touched, whole))
-        if plan.num_slots > plan.length:
+        if plan.num_stand_ins:
             hidden = _slots_of_open_units(plan, key_block)
             whole = whole & ~F.pad(hidden, (plan.length // key_block - 1, 0))
         opened = F.pad(plan.open, (0, touched.shape[-1] - plan.open.shape[-1]), value=NEVER)
@@ -110,6 +110,13 @@ def _mask_mod(plan: Plan, rep: int, block_size: tuple[int, int]) -> MaskMod:
 
     if since is None:
         return interval
+
+    def interval_or_open_raw(b: Tensor, h: Tensor, q: Tensor, s: Tensor) -> Tensor:
+        opened = (since[b, h, q // query_block, s // key_block] <= q) & (start[b, h // rep, q] <= q)
+        return interval(b, h, q, s) | opened
+
+    if not plan.num_stand_ins:
+        return interval_or_open_raw
 
     def interval_or_open(b: Tensor, h: Tensor, q: Tensor, s: Tensor) -> Tensor:
         place = position[b, h // rep, s]

@@ -47,6 +47,8 @@ def compress(
         mass: whether groups get the entropy of their weights as bias.
         scale: of the scores.
     """
+    if not plan.num_stand_ins:
+        return Slots(key, value, None)
     pooled = pool(
         query, key, value, plan.focal, plan.members, plan.member_score,
         weights=weights, mass=mass, scale=scale,

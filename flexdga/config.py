@@ -347,6 +347,8 @@ class DGAConfig:
     """Whether query blocks may open units."""
     groups: bool = dataclasses.field(init=False, repr=False, compare=False)
     """Whether tokens are grouped."""
+    only_sinks: bool = dataclasses.field(init=False, repr=False, compare=False)
+    """Whether nothing has a slot but sinks; a prompt then keeps them raw in place of copies."""
     whole_sequence: bool = dataclasses.field(init=False, repr=False, compare=False)
     """Whether groups run over the whole prompt instead of staying inside units."""
     step: int = dataclasses.field(init=False, repr=False, compare=False)
@@ -374,6 +376,7 @@ class DGAConfig:
         derive("whole_sequence", whole)
         derive("step", math.lcm(*self.block_size, 1 if whole else self.unit_size))
         focal = self.focal_ratio if self.focal_budget is None else self.focal_budget
+        derive("only_sinks", not focal and not self.groups)
         derive("needs_importance", focal > 0 or self.group_weights == "importance")
         alike = self.groups and self.grouping == "similarity"
         chosen = self.opens or self.needs_importance or alike

@@ -19,6 +19,8 @@ FLEXDGA_STOCK_CPU_KERNEL=1 switches them off. What moved what: bench/NOTES.md.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import logging
 import os
 from typing import Any
@@ -76,6 +78,7 @@ def _install() -> None:
     if "installed" in _said:
         return
     import torch._inductor.lowering  # noqa: F401, I001  (before the next: they import each other)
+    from torch._inductor import config
     from torch._inductor.codegen import cpp, cpp_flex_attention_template as template
     from torch._inductor.kernel.flex import flex_attention
 
@@ -104,9 +107,14 @@ def _install() -> None:
 
     def choose_flex_template(self: Any, *args: Any) -> Any:
         text = stock_choose(self, *args)
-        return texts.get(self.flexdga, text) if text == stock_text else text
+        self.flexdga_prefill = self.flexdga and text == stock_text
+        return texts[self.flexdga] if self.flexdga_prefill else text
 
-    def modification(self: Any, *args: Any) -> Any:
+    def modification(self: Any, buffer: Any, name: str, number: int) -> Any:
+        places = {}
+        if self.flexdga_prefill and name == self.mask_buf_name:
+            buffer, places = _with_places(buffer, self)
+
         class KernelGroup(cpp.KernelGroup):
             """Knows the tile sizes by their final names before it invents any."""
 
@@ -117,15 +125,60 @@ def _install() -> None:
                 names = ("cur_qSplitSize", "cur_kvSplitSize")
                 group.args.sizevars.update({s: f"k{s}" for s in sizes})
                 group.args.sizevars.update(zip(self.block_vars, names))
+                group.args.sizevars.update(places)
 
-        with patch.object(cpp, "KernelGroup", KernelGroup if self.flexdga else cpp.KernelGroup):
-            return stock_modification(self, *args)
+        with (
+            patch.object(cpp, "KernelGroup", KernelGroup if self.flexdga else cpp.KernelGroup),
+            config.patch(assert_indirect_indexing=config.assert_indirect_indexing and not places),
+        ):
+            return stock_modification(self, buffer, name, number)
 
     lowering.lower_cpu = lower_cpu
     flex.__init__, flex.modification = init, modification
     flex.choose_flex_template = choose_flex_template
     _said.add("installed")
     _log.info("flexdga: flex_attention's CPU kernel is repaired for flexdga's own calls")
+
+
+def _with_places(buffer: Any, template: Any) -> tuple[Any, dict[Any, str]]:
+    """The mask's buffer with indices where it loaded them, and the symbols that these use.
+
+    An index that is computed turns reads of a table into vector loads, or into one for the whole
+    block; what is loaded from a vector of indices is gathered, number by number.
+    """
+    from torch._inductor.ops_handler import WrapperHandler
+    from torch._inductor.utils import SymT, sympy_index_symbol_with_prefix
+    from torch._inductor.virtualized import V
+    from torch.utils._sympy.numbers import int_oo
+    from torch.utils._sympy.value_ranges import ValueRanges
+
+    symbols = [sympy_index_symbol_with_prefix(SymT.UNBACKED_INT, _PLACES + i) for i in range(4)]
+    b, h, row, column = symbols
+    blocks = (template.q_block_size, template.kv_block_size)
+    ranges = V.graph.sizevars.shape_env.var_to_range
+    ranges.update({symbol: ValueRanges(0, int_oo) for symbol in symbols})
+    ranges.update({v: ValueRanges(2, most) for v, most in zip(template.block_vars, blocks)})
+    base = {"b": b, "h": h, "q_idx": row * blocks[0], "kv_idx": column * blocks[1]}
+
+    class Handler(WrapperHandler):
+        def load(self, name: str, index: Any) -> Any:
+            if name in base:
+                return self._inner.index_expr(base[name] + index, torch.int64)
+            return self._inner.load(name, index)
+
+    inner = buffer.data.inner_fn
+
+    def inner_fn(index: Any) -> Any:
+        with V.set_ops_handler(Handler(V.get_ops_handler())):
+            return inner(index)
+
+    placed = copy.copy(buffer)
+    placed.data = dataclasses.replace(buffer.data, inner_fn=inner_fn)
+    return placed, dict(zip(symbols, ("i", "j", "k", "cur_n")))  # the template's own names
+
+
+_PLACES = 10**6
+"""Number of the first of these symbols: beyond all that a graph has."""
 
 
 # The template's text. The pieces below are torch's own lines, which say where an edit goes.
@@ -190,10 +243,10 @@ def _without_idle_passes(text: str) -> str:
         "        if (n_idx < kv_indice_num) {  // blocks that are seen in part come first\n",
     )
     begin, end = (
-        text.index("        // apply score mod function\n"),
+        text.index("        std::vector<int64_t> q_idx(cur_qSplitSize);\n"),
         text.index("        if ((std::find(kv_indice_list.begin()"),
     )
-    text = text[:begin] + text[end:]
+    text = text[:begin] + "        accum_t* in_ptr0 = qk_data;\n" + text[end:]
     return _replace(
         text,
         "        if ((std::find(kv_indice_list.begin(), kv_indice_list.end(), cur_n)"

@@ -18,7 +18,7 @@ from flexdga.attention import dga_attention, make_plan
 from flexdga.config import DGAConfig
 from flexdga.exact import attend_all
 from flexdga.far_units import FarUnits, raw_log_mass, with_opened
-from flexdga.handoff import seen_after, slots_after, slots_of_units
+from flexdga.handoff import seen_after, sinks_after, slots_after, slots_of_units
 from flexdga.indexing import compact, take_rows
 from flexdga.plan import NEVER
 from flexdga.planner import (
@@ -349,7 +349,10 @@ class LayerCache:
         slots = None
         if plan is not None:
             raw = raw & seen_after(plan, length)[..., :length]
-            slots = slots_after(query, key, value, plan, self.config, scale)
+            if self.config.only_sinks:
+                raw, slots = sinks_after(key, value, raw, self.config)
+            else:
+                slots = slots_after(query, key, value, plan, self.config, scale)
             # Heads keep different tokens raw. All get as many columns, and whole units are done.
             behind = length - int(raw.sum(-1).amax())
             self.done = behind // self.config.unit_size * self.config.unit_size

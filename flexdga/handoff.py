@@ -11,7 +11,7 @@ from flexdga.compress import Pooled, pool
 from flexdga.config import DGAConfig
 from flexdga.indexing import compact, take, take_rows
 from flexdga.plan import NEVER, Documents, Plan
-from flexdga.planner import plan_units
+from flexdga.planner import leaves_window, plan_units
 from flexdga.storage import Columns, Origins
 
 
@@ -44,6 +44,29 @@ def slots_after(
         weights=config.group_weights, mass=config.group_bias == "mass", scale=scale,
     )  # fmt: skip
     return without_dead(slot_columns(pooled, plan.position[..., plan.length :], alive))
+
+
+def sinks_after(
+    key: Tensor, value: Tensor, raw: Tensor, config: DGAConfig
+) -> tuple[Tensor, Columns]:
+    """Copies of sinks that a prompt left raw (`DGAConfig.only_sinks`) and whose window is over.
+
+    Args:
+        key: (B, Hkv, L, D) of the prompt.
+        value: (B, Hkv, L, Dv).
+        raw: (B, Hkv, L) bool, the raw tokens that a query after it sees.
+        config: with which it was planned.
+
+    Returns:
+        `raw` without them, and their columns.
+    """
+    length = key.shape[2]
+    index = torch.arange(length, dtype=torch.int32, device=key.device)
+    sink = raw & (leaves_window(index, config) < length)
+    focal = compact(sink, config.sinks)
+    bias = torch.zeros_like(focal, dtype=key.dtype).masked_fill(focal < 0, -math.inf)
+    copies = Columns(take_rows(key, focal), take_rows(value, focal), bias, focal)
+    return raw & ~sink, without_dead(copies)
 
 
 def slots_of_units(

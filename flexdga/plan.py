@@ -71,7 +71,12 @@ class Plan:
     @property
     def length(self) -> int:
         """L, the tokens of the sequence (and the slots of the raw section)."""
-        return self.num_slots - self.focal.shape[-1] - self.members.shape[-2]
+        return self.num_slots - self.num_stand_ins
+
+    @property
+    def num_stand_ins(self) -> int:
+        """F + G, the slots that stand in for raw tokens."""
+        return self.focal.shape[-1] + self.members.shape[-2]
 
     def visible(self, query_index: Tensor) -> Tensor:
         """Which slots the queries see.

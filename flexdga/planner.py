@@ -64,6 +64,8 @@ def plan_attention(
         is_causal: False lets queries see both ways (`prompt` scope only).
         scale: of the scores.
     """
+    if config.only_sinks:
+        return _plan_without_slots(docs, key.shape[1], config, is_causal)
     if config.scope == "causal":
         chosen, score = _focal_by_unit(query, key, value, docs, config, scale)
     else:
@@ -85,6 +87,22 @@ def plan_attention(
 
     member_score = _member_score(score, members, config)
     return _intervals(focal, members, member_score, first, after, config, is_causal)
+
+
+def _plan_without_slots(docs: Documents, kv_heads: int, config: DGAConfig, is_causal: bool) -> Plan:
+    """Sinks stay raw, the rest is dropped: copies of sinks would fill no key block."""
+    index = torch.arange(docs.first.shape[1], dtype=torch.int32, device=docs.first.device)
+    leaves, sink = leaves_window(index, config), _sinks(docs, config)
+    # As a minimum, or below a maximum, Inductor (torch 2.13) would make it part of an index, and
+    # fail.
+    end = torch.where((leaves < docs.after) & ~sink, leaves, docs.after)
+    start = docs.first
+    if is_causal:
+        start = torch.maximum(index, start)
+    else:
+        enters = _takeover(index, config)
+        start = torch.where((enters > start) & ~sink, enters, start)
+    return _raw_plan(start, end, kv_heads)
 
 
 def plan_units(
@@ -126,12 +144,21 @@ def group_slots_per_unit(config: DGAConfig) -> int:
 
 def dense_plan(docs: Documents, kv_heads: int, *, is_causal: bool) -> Plan:
     """Everything raw, nothing grouped: exact dense attention as a plan."""
-    first, after = (t[:, None].expand(-1, kv_heads, -1) for t in (docs.first, docs.after))
-    index = torch.arange(first.shape[-1], dtype=torch.int32, device=first.device).expand_as(first)
-    start = torch.maximum(index, first) if is_causal else first
-    position, start, end = _mark_dead(_Section(index, start, after))
-    none = index.new_full((*index.shape[:2], 0, 1), -1)
-    return Plan(start, end, position.contiguous(), none[..., 0], none, none.float())
+    index = torch.arange(docs.first.shape[1], dtype=torch.int32, device=docs.first.device)
+    start = torch.maximum(index, docs.first) if is_causal else docs.first
+    return _raw_plan(start, docs.after, kv_heads)
+
+
+def _raw_plan(start: Tensor, end: Tensor, kv_heads: int) -> Plan:
+    """Raw tokens alone, seen from (B, L) `start` to `end`, alike in all KV heads."""
+    index = torch.arange(start.shape[1], dtype=torch.int32, device=start.device).expand_as(start)
+    none = start.new_full((start.shape[0], kv_heads, 0, 1), -1)
+    section = _mark_dead(_Section(index, start, end))
+    # The kernel's masks capture them: results of a `cat`, not of what is computed before it.
+    position, start, end = (
+        torch.cat([t[:, None].expand(-1, kv_heads, -1), none[..., 0]], -1) for t in section
+    )
+    return Plan(start, end, position, none[..., 0], none, none.float())
 
 
 def _focal_of_prompt(
@@ -272,6 +299,16 @@ def handover(last: T, config: DGAConfig) -> T:
     return (time + block - 1) // block * block if config.align else time
 
 
+def leaves_window(last: Tensor, config: DGAConfig) -> Tensor:
+    """First query that sees what ends with `last` through its slot: with its whole unit, or alone.
+
+    All of a unit waits for its last token, where the unit decides or opens as a whole.
+    """
+    if config.scope == "causal" or config.opens:
+        last = last // config.unit_size * config.unit_size + config.unit_size - 1
+    return handover(last, config)
+
+
 def _takeover(first: Tensor, config: DGAConfig) -> Tensor:
     """Looking back from later tokens: first query that sees `first` raw in place of its slot."""
     time = (first - max(config.window - 1, 0)).clamp(min=0)
@@ -299,20 +336,12 @@ def _intervals(
     """Who sees which slot, clipped to documents; sections filled up to the kernel's key block."""
     length = first.shape[-1]
     group_last = members.amax(-1)
-    unit = config.unit_size
-
-    def from_when(last: Tensor) -> Tensor:
-        # All of a unit waits for its last token, where the unit decides or opens as a whole.
-        if config.scope == "causal" or config.opens:
-            last = last // unit * unit + unit - 1
-        return handover(last, config)
-
-    focal_from, group_from = from_when(focal), from_when(group_last)
+    focal_from, group_from = leaves_window(focal, config), leaves_window(group_last, config)
     index = torch.arange(length, dtype=torch.int32, device=first.device).expand_as(first)
     # What no slot stands for is raw to the end of its document, or dropped.
     raw_end = after
     if not config.groups:
-        leaves = from_when(index)
+        leaves = leaves_window(index, config)
         # As a minimum, or below a maximum, Inductor (torch 2.13) would make it part of an index,
         # and fail.
         raw_end = torch.where(leaves < after, leaves, after)

@@ -111,7 +111,7 @@ def _install() -> None:
         return texts[self.flexdga] if self.flexdga_prefill else text
 
     def modification(self: Any, buffer: Any, name: str, number: int) -> Any:
-        places = {}
+        places: dict[Any, str] = {}
         if self.flexdga_prefill and name == self.mask_buf_name:
             buffer, places = _with_places(buffer, self)
 
@@ -147,9 +147,10 @@ def _with_places(buffer: Any, template: Any) -> tuple[Any, dict[Any, str]]:
     block; what is loaded from a vector of indices is gathered, number by number.
     """
     from torch._inductor.ops_handler import WrapperHandler
-    from torch._inductor.utils import SymT, sympy_index_symbol_with_prefix
+    from torch._inductor.utils import sympy_index_symbol_with_prefix
     from torch._inductor.virtualized import V
     from torch.utils._sympy.numbers import int_oo
+    from torch.utils._sympy.symbol import SymT
     from torch.utils._sympy.value_ranges import ValueRanges
 
     symbols = [sympy_index_symbol_with_prefix(SymT.UNBACKED_INT, _PLACES + i) for i in range(4)]

@@ -5,7 +5,7 @@ query opens stays open to the end of its query block. So nothing depends on a la
 unit is open to few queries that do not need it, while the kernel still works on whole blocks.
 
 Shape suffixes: B batch, H query heads, G KV heads, R query heads per KV head, L tokens, C queries,
-N units, U tokens of a unit, T query blocks, I queries of one, W tokens around it, D head_dim.
+N units, U tokens of a unit, T query blocks, I queries of one, W tokens near one, D head_dim.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexdga.config import DGAConfig
-from flexdga.indexing import take_rows
 from flexdga.plan import NEVER, Documents
 
 Run = Callable[..., Any]
-STRETCH = 1024
-"""Queries whose scores of units are held at a time."""
+SCORES = 1 << 21
+"""Scores of units that are held at a time: few megabytes, which stay in the processor's cache."""
+BEYOND = 60.0
+"""A unit's log mass counts as at most so much more than that of all that is near: e^60 of them
+still sum up in float32, and whoever asks for a share asks for such a unit in any case."""
+OUTSIDE = -2
+"""In place of the document of a token that is not there: no query's, not even a query's without."""
 BOX_SHARE = 0.3
 """How far a unit's estimate goes from its mean key towards the corner of the box around its keys
 that suits the query best. Measured on a real model: bench/RESEARCH.md."""
@@ -42,6 +46,29 @@ class Units(NamedTuple):
 
     key: Tensor
     first: Tensor
+
+
+class Around(NamedTuple):
+    """Query blocks, with the tokens around them: `near_span` on either side.
+
+    Attributes:
+        begin: (T,) int32, the first query of each block.
+        before: (T,) int32, the units that it may open: so many from the first on,
+        after: (T,) int32, and those from this one on.
+        document: (B, 1, T, I) int32, the first token of each query's document if it is the last
+            one in the block, else -1: a block opens for one document alone, as what it opens
+            stays open to its end.
+        near: (B, 1, T, W) int32, the first token of the document of each token around; OUTSIDE
+            where none is, or one that the block may open.
+        near_key: (B, Hkv, T, W, D), their keys.
+    """
+
+    begin: Tensor
+    before: Tensor
+    after: Tensor
+    document: Tensor
+    near: Tensor
+    near_key: Tensor
 
 
 def unit_features(key: Tensor, config: DGAConfig) -> Tensor:
@@ -88,50 +115,44 @@ def far_log_mass(query: Tensor, units: Tensor, config: DGAConfig, scale: float) 
 
 
 def near_log_mass(
-    query: Tensor,
-    key: Tensor,
-    first: Tensor,
-    block: Tensor,
-    *,
-    config: DGAConfig,
-    is_causal: bool,
-    scale: float,
+    query: Tensor, around: Around, *, config: DGAConfig, is_causal: bool, scale: float
 ) -> Tensor:
-    """(B, H, T·I) log of Σ exp(score) over the tokens of each query that are too near to open.
+    """(B, H, T, I) log of Σ exp(score) over the tokens of each query that are too near to open.
 
     Args:
         query: (B, H, T·I, D), whole query blocks.
-        key: (B, Hkv, L, D), all keys.
-        first: (B, L) first token of each token's document.
-        block: (T,) int32, the numbers of these query blocks.
+        around: these blocks.
         config: the choices.
         is_causal: whether queries see only the tokens up to themselves.
         scale: of the scores.
     """
-    batch, heads, count, _ = query.shape
-    kv_heads, rows = key.shape[1], config.block_size[0]
-    span = config.window + config.block_size[1]
-    width = rows + (span if is_causal else 2 * span)
-    offset = torch.arange(width, dtype=torch.int32, device=key.device)
-    pos_TW = block[:, None] * rows - span + offset
-    index = pos_TW.clamp(min=0, max=key.shape[2] - 1)
-    k_BGTWD = take_rows(key, index.expand(batch, kv_heads, -1, -1))
-    q_BGRTID = query.view(batch, kv_heads, -1, count // rows, rows, query.shape[-1])
+    batch, kv_heads, blocks, width, head_dim = around.near_key.shape
+    rows = config.block_size[0]
+    q_BGRTID = query.view(batch, kv_heads, -1, blocks, rows, head_dim)
     q_BGTXD = q_BGRTID.transpose(2, 3).flatten(3, 4)  # X = R·I
-    score = (q_BGTXD @ k_BGTWD.mT).float() * scale
-    score = score.unflatten(3, (-1, rows)).transpose(2, 3)  # (B, G, R, T, I, W)
+    score = (q_BGTXD @ around.near_key.mT).float() * scale
+    score = score.unflatten(3, (-1, rows))  # (B, G, T, R, I, W)
 
-    at_TI = block[:, None] * rows + torch.arange(rows, dtype=torch.int32, device=key.device)
-    before_T, after_T = far_units(block * rows, config)
-    size = config.block_size[1]
-    seen_TW = (pos_TW >= before_T[:, None] * size) & (pos_TW < after_T[:, None] * size)
-    seen_TW = seen_TW & (pos_TW >= 0) & (pos_TW < key.shape[2])
-    same = first[:, index.long()][:, :, None] == first[:, at_TI.long()][..., None]
-    seen = same & seen_TW[:, None]  # (B, T, I, W)
+    seen = around.near[..., None, :] == around.document[..., None]  # (B, 1, T, I, W)
     if is_causal:
-        seen = seen & (pos_TW[:, None] <= at_TI[..., None])
-    score = score.masked_fill(~seen[:, None, None], -math.inf)
-    return torch.logsumexp(score, -1).reshape(batch, heads, count)
+        offset = torch.arange(width, dtype=torch.int32, device=query.device) - near_span(config)
+        seen = seen & (
+            offset <= torch.arange(rows, dtype=torch.int32, device=query.device)[:, None]
+        )
+    score = score.masked_fill(~seen[:, :, :, None], -math.inf)
+    return torch.logsumexp(score, -1).transpose(2, 3).flatten(1, 2)
+
+
+def near_span(config: DGAConfig) -> int:
+    """How far from a query block the tokens reach, on either side, that it may not open."""
+    (rows, size), beyond = config.block_size, config.window - 1
+    return beyond + max((r - beyond) % size for r in range(0, size, math.gcd(rows, size)))
+
+
+def _positions(around: Around, rows: int) -> Tensor:
+    """(T, I) int32, where the queries stand."""
+    index = torch.arange(rows, dtype=torch.int32, device=around.begin.device)
+    return around.begin[:, None] + index
 
 
 def far_units(first_query: Tensor, config: DGAConfig) -> tuple[Tensor, Tensor]:
@@ -155,7 +176,10 @@ def wanted(far: Tensor, near: Tensor, config: DGAConfig) -> tuple[Tensor, Tensor
     Returns:
         (..., N) bool and (...) float32.
     """
-    total = torch.logaddexp(torch.logsumexp(far, -1), near)
+    # One pass over the units, in place of the two that finding their maximum would take.
+    base = torch.where(near > -math.inf, near, 0.0)
+    beyond = torch.exp((far - base[..., None]).clamp(max=BEYOND)).sum(-1)
+    total = base + torch.log(beyond + torch.exp(near - base))
     least = math.log(config.open_mass) if config.open_mass else -math.inf
     return far > (total + least)[..., None], total
 
@@ -208,61 +232,88 @@ def open_table(
     rows, size = config.block_size
     blocks = query.shape[2] // rows
     units = Units(unit_features(key, config), unit_documents(docs.first, config))
-    number = torch.arange(blocks, dtype=torch.int32, device=key.device)
+    count = units.first.shape[1]
+    per_unit = units.key.shape[2] // count
+    begin = torch.arange(blocks, dtype=torch.int32, device=key.device) * rows
     if torch.compiler.is_compiling():
         # Numbers that seem to depend on data: Inductor (torch 2.13) takes what is computed from
         # an `arange` for an index of its own, and fails to simplify it.
         some = key[0, 0, 0, :1]
-        number = number + ((some != some) & (some == some)).to(torch.int32)
-        made = openings(
-            query, key, docs.first, units, number,
-            config=config, is_causal=is_causal, packed=docs.packed, scale=scale,
-        )  # fmt: skip
+        begin = begin + ((some != some) & (some == some)).to(torch.int32)
+    span = near_span(config)
+    sides = (span, 0 if is_causal else span)
+    width = rows + sum(sides)
+    document = docs.first[:, None].unflatten(2, (-1, rows))
+    last = torch.where(document == NEVER, -1, document).amax(-1, keepdim=True)
+    document = torch.where(document == last, document, -1)
+    before, after = far_units(begin, config)
+    near = _windows(F.pad(docs.first, sides)[:, None], 0, blocks, rows, width)
+    at = begin[:, None] - span + torch.arange(width, dtype=torch.int32, device=key.device)
+    near = torch.where((at >= before[:, None] * size) & (at < after[:, None] * size), near, OUTSIDE)
+    near_key = F.pad(key, (0, 0, *sides))
+
+    def table(first: int, end: int, reach: int) -> Tensor:
+        """Of the query blocks [first, end), and of `reach` units."""
+        blocks = slice(first, end)
+        around = Around(
+            begin[blocks],
+            before[blocks],
+            after[blocks],
+            document[:, :, blocks],
+            near[:, :, blocks],
+            _windows(near_key, first, end - first, rows, width),
+        )
+        some = Units(units.key[:, :, : reach * per_unit], units.first[:, :reach])
+        inputs = torch.utils._pytree.tree_map(
+            # Copies: a slice is compiled for strides that differ from stretch to stretch.
+            lambda t: t.contiguous(),
+            (query[:, :, first * rows : end * rows], around, some),
+        )
+        made: Tensor = run(openings, *inputs, config=config, is_causal=is_causal, scale=scale)
+        return F.pad(made, (0, count - reach), value=NEVER)
+
+    if torch.compiler.is_compiling():
+        made = table(0, blocks, count)
         # The kernel's mask captures it, and Inductor takes the result of a `cat` as it is.
         return torch.cat([made[:, :, :1], made[:, :, 1:]], 2)
-    parts = -(-blocks * rows // STRETCH)
+    parts = max(min(query.shape[:3].numel() * count // SCORES, blocks // 2), 1)
     edges = [i * blocks // parts for i in range(parts + 1)]
-    per_unit = units.key.shape[2] // units.first.shape[1]
-    table = []
-    for begin, end in itertools.pairwise(edges):
-        # Units that no block of the stretch can open are left out, in whole multiples of few.
-        reach = -(-end * rows // size // 16) * 16 if is_causal else units.first.shape[1]
-        # Copies: a slice is compiled for strides that differ from stretch to stretch.
-        near = Units(
-            units.key[:, :, : reach * per_unit].contiguous(), units.first[:, :reach].contiguous()
-        )
-        part = run(
-            openings, query[:, :, begin * rows : end * rows].contiguous(), key, docs.first, near,
-            number[begin:end].clone(),
-            config=config, is_causal=is_causal, packed=docs.packed, scale=scale,
-        )  # fmt: skip
-        table.append(F.pad(part, (0, units.first.shape[1] - part.shape[-1]), value=NEVER))
-    return torch.cat(table, 2)
+    # Units that no block of the stretch can open are left out, in whole multiples of few.
+    reach = [min(-(-end * rows // size // 16) * 16, count) if is_causal else count for end in edges]
+    return torch.cat(
+        [table(*edge, most) for edge, most in zip(itertools.pairwise(edges), reach[1:])], 2
+    )
+
+
+def _windows(x: Tensor, first: int, count: int, step: int, width: int) -> Tensor:
+    """(B, G, count, width, ...) stretches of `x` (B, G, L, ...), `step` apart, as a view.
+
+    The sizes are the caller's: `unfold` would compute the count from the length, and a compiler
+    that does not know the length would not see that they agree.
+    """
+    x = x.contiguous()
+    size = (*x.shape[:2], count, width, *x.shape[3:])
+    stride = (*x.stride()[:2], step * x.stride(2), *x.stride()[2:])
+    return x.as_strided(size, stride, x.storage_offset() + first * step * x.stride(2))
 
 
 def openings(
     query: Tensor,
-    key: Tensor,
-    first: Tensor,
+    around: Around,
     units: Units,
-    block: Tensor,
     *,
     config: DGAConfig,
     is_causal: bool,
-    packed: bool,
     scale: float,
 ) -> Tensor:
     """From which query on each of these query blocks sees each unit raw.
 
     Args:
         query: (B, H, T·I, D) of the query blocks.
-        key: (B, Hkv, L, D), all keys.
-        first: (B, L) first token of each token's document.
-        units: the first N units at least as far as these blocks may open them.
-        block: (T,) int32, the numbers of the query blocks.
+        around: these blocks.
+        units: the first N units, at least as far as these blocks may open them.
         config: the choices.
         is_causal: whether queries see only the tokens up to themselves.
-        packed: whether a row may hold several documents, or padding on the left.
         scale: of the scores.
 
     Returns:
@@ -270,34 +321,21 @@ def openings(
         document in a block see what it opens.
     """
     rows = config.block_size[0]
-    before_T, after_T = far_units(block * rows, config)
-    number = torch.arange(units.first.shape[-1], dtype=torch.int32, device=key.device)
-    far_TN = number < before_T[:, None]
+    number = torch.arange(units.first.shape[-1], dtype=torch.int32, device=query.device)
+    far_TN = number < around.before[:, None]
     if not is_causal:
-        far_TN = far_TN | (number >= after_T[:, None])
-    open_to = far_TN[:, None]
-    at_TI = block[:, None] * rows + torch.arange(rows, dtype=torch.int32, device=key.device)
-    begin_T = block * rows
-    if packed or not is_causal:
-        doc_BTI = first[:, at_TI.long()]
-        # A block in which a document ends opens for the next one alone: the table has no end.
-        last_BT = torch.where(doc_BTI == NEVER, -1, doc_BTI).amax(-1)
-        doc_BTI = torch.where(doc_BTI == last_BT[..., None], doc_BTI, -1)
-        same_BTIN = units.first[:, None, None] == doc_BTI[..., None]
-        open_to = (open_to & same_BTIN)[:, None]
-        begin_T = torch.maximum(begin_T, last_BT)[:, None, :, None]
-    else:
-        begin_T = begin_T[:, None]
+        far_TN = far_TN | (number >= around.after[:, None])
+    same = units.first[:, None, None, None] == around.document[..., None]
+    open_to = far_TN[:, None] & same
     far = far_log_mass(query, units.key, config, scale).unflatten(2, (-1, rows))
     far = far.masked_fill(~open_to, -math.inf)
-    near = near_log_mass(
-        query, key, first, block, config=config, is_causal=is_causal, scale=scale
-    ).unflatten(2, (-1, rows))
+    near = near_log_mass(query, around, config=config, is_causal=is_causal, scale=scale)
     want, total = wanted(far, near, config)
     if config.scope == "prompt":
-        since = torch.where(want.any(3), begin_T, NEVER)
+        begin = torch.maximum(around.begin[:, None], around.document.amax(-1, keepdim=True))
+        since = torch.where(want.any(3), begin, NEVER)
     else:
-        since = torch.where(want, at_TI[..., None], NEVER).amin(3)
+        since = torch.where(want, _positions(around, rows)[..., None], NEVER).amin(3)
     if config.open_units is not None:
         share = torch.exp(far - total[..., None])
         turns = config.scope == "causal"

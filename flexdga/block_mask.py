@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexdga.indexing import compact, heads_per_kv_head
+from flexdga.indexing import heads_per_kv_head
 from flexdga.plan import NEVER, Plan
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -132,6 +132,10 @@ def _mask_mod(plan: Plan, rep: int, block_size: tuple[int, int]) -> MaskMod:
 
 
 def _as_table(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., Q, KV) bool to how many each row has, and which come first: int32 both."""
-    order = compact(blocks, blocks.shape[-1]).clamp(min=0)
-    return blocks.sum(-1, dtype=torch.int32), order.contiguous()
+    """(..., Q, KV) bool to how many each row has, and all in order, those first: int32 both."""
+    rank = blocks.cumsum(-1, dtype=torch.int32)
+    count = rank[..., -1:]
+    number = torch.arange(blocks.shape[-1], dtype=torch.int32, device=blocks.device)
+    place = torch.where(blocks, rank - 1, count + number - rank)
+    order = torch.empty_like(rank).scatter(-1, place.long(), number.expand_as(rank))
+    return count.squeeze(-1), order

@@ -250,7 +250,8 @@ def open_table(
     near = _windows(F.pad(docs.first, sides)[:, None], 0, blocks, rows, width)
     at = begin[:, None] - span + torch.arange(width, dtype=torch.int32, device=key.device)
     near = torch.where((at >= before[:, None] * size) & (at < after[:, None] * size), near, OUTSIDE)
-    near_key = F.pad(key, (0, 0, *sides))
+    none = key.new_zeros(*key.shape[:2], span, key.shape[3])
+    near_key = torch.cat([none, key] if is_causal else [none, key, none], 2)
 
     def table(first: int, end: int, reach: int) -> Tensor:
         """Of the query blocks [first, end), and of `reach` units."""

@@ -24,7 +24,7 @@ from flexdga.plan import NEVER, Documents
 
 Run = Callable[..., Any]
 SCORES = 1 << 21
-"""Scores of units that are held at a time: few megabytes, which stay in the processor's cache."""
+"""Scores of units, or of keys, that are held at a time: megabytes that stay in a CPU's cache."""
 BEYOND = 60.0
 """A unit's log mass counts as at most so much more than that of all that is near: e^60 of them
 still sum up in float32, and whoever asks for a share asks for such a unit in any case."""
@@ -277,7 +277,8 @@ def open_table(
         made = table(0, blocks, count)
         # The kernel's mask captures it, and Inductor takes the result of a `cat` as it is.
         return torch.cat([made[:, :, :1], made[:, :, 1:]], 2)
-    parts = max(min(query.shape[:3].numel() * count // SCORES, blocks // 2), 1)
+    scores = query.shape[:3].numel() * units.key.shape[2]
+    parts = max(min(scores // SCORES, blocks // 2), 1)
     edges = [i * blocks // parts for i in range(parts + 1)]
     # Units that no block of the stretch can open are left out, in whole multiples of few.
     reach = [min(-(-end * rows // size // 16) * 16, count) if is_causal else count for end in edges]

@@ -70,6 +70,11 @@ class Around(NamedTuple):
     near: Tensor
     near_key: Tensor
 
+    def of(self, blocks: slice | Tensor) -> Around:
+        """Some of the blocks."""
+        by_block, by_document = self[:3], self[3:]
+        return Around(*(t[blocks] for t in by_block), *(t[:, :, blocks] for t in by_document))
+
 
 def unit_features(key: Tensor, config: DGAConfig) -> Tensor:
     """Features of whole units of keys (B, Hkv, N·U, D), as `Units.key`."""
@@ -141,6 +146,44 @@ def near_log_mass(
         )
     score = score.masked_fill(~seen[:, :, :, None], -math.inf)
     return torch.logsumexp(score, -1).transpose(2, 3).flatten(1, 2)
+
+
+def surroundings(key: Tensor, first: Tensor, *, config: DGAConfig, is_causal: bool) -> Around:
+    """All query blocks of a sequence, with the tokens around each as a view of its keys.
+
+    Args:
+        key: (B, Hkv, L, D), L in whole query blocks.
+        first: (B, L) first token of each token's document.
+        config: the choices.
+        is_causal: whether queries see only the tokens up to themselves.
+    """
+    rows, size = config.block_size
+    begin = torch.arange(key.shape[2] // rows, dtype=torch.int32, device=key.device) * rows
+    if torch.compiler.is_compiling():
+        # Numbers that seem to depend on data: Inductor (torch 2.13) takes what is computed from
+        # an `arange` for an index of its own, and fails to simplify it.
+        some = key[0, 0, 0, :1]
+        begin = begin + ((some != some) & (some == some)).to(torch.int32)
+    before, after = far_units(begin, config)
+    document = first[:, None].unflatten(2, (-1, rows))
+    last = torch.where(document == NEVER, -1, document).amax(-1, keepdim=True)
+    document = torch.where(document == last, document, -1)
+
+    span = near_span(config)
+    sides = (span, 0 if is_causal else span)
+    width = rows + sum(sides)
+
+    def windows(x: Tensor, outside: int) -> Tensor:  # (B, G, L, ...) to (B, G, T, W, ...)
+        blank = x.new_full((*x.shape[:2], span, *x.shape[3:]), outside)
+        x = torch.cat([blank, x] if is_causal else [blank, x, blank], 2)
+        # Not `unfold`, which computes T from the length: a compiler would not see that it is T.
+        shape = (*x.shape[:2], len(begin), width, *x.shape[3:])
+        return x.as_strided(shape, (*x.stride()[:2], rows * x.stride(2), *x.stride()[2:]))
+
+    at = begin[:, None] - span + torch.arange(width, dtype=torch.int32, device=key.device)
+    too_near = (at >= before[:, None] * size) & (at < after[:, None] * size)
+    near = torch.where(too_near, windows(first[:, None], OUTSIDE), OUTSIDE)
+    return Around(begin, before, after, document, near, windows(key, 0))
 
 
 def near_span(config: DGAConfig) -> int:
@@ -234,41 +277,15 @@ def open_table(
     units = Units(unit_features(key, config), unit_documents(docs.first, config))
     count = units.first.shape[1]
     per_unit = units.key.shape[2] // count
-    begin = torch.arange(blocks, dtype=torch.int32, device=key.device) * rows
-    if torch.compiler.is_compiling():
-        # Numbers that seem to depend on data: Inductor (torch 2.13) takes what is computed from
-        # an `arange` for an index of its own, and fails to simplify it.
-        some = key[0, 0, 0, :1]
-        begin = begin + ((some != some) & (some == some)).to(torch.int32)
-    span = near_span(config)
-    sides = (span, 0 if is_causal else span)
-    width = rows + sum(sides)
-    document = docs.first[:, None].unflatten(2, (-1, rows))
-    last = torch.where(document == NEVER, -1, document).amax(-1, keepdim=True)
-    document = torch.where(document == last, document, -1)
-    before, after = far_units(begin, config)
-    near = _windows(F.pad(docs.first, sides)[:, None], 0, blocks, rows, width)
-    at = begin[:, None] - span + torch.arange(width, dtype=torch.int32, device=key.device)
-    near = torch.where((at >= before[:, None] * size) & (at < after[:, None] * size), near, OUTSIDE)
-    none = key.new_zeros(*key.shape[:2], span, key.shape[3])
-    near_key = torch.cat([none, key] if is_causal else [none, key, none], 2)
+    around = surroundings(key, docs.first, config=config, is_causal=is_causal)
 
     def table(first: int, end: int, reach: int) -> Tensor:
         """Of the query blocks [first, end), and of `reach` units."""
-        blocks = slice(first, end)
-        around = Around(
-            begin[blocks],
-            before[blocks],
-            after[blocks],
-            document[:, :, blocks],
-            near[:, :, blocks],
-            _windows(near_key, first, end - first, rows, width),
-        )
         some = Units(units.key[:, :, : reach * per_unit], units.first[:, :reach])
         inputs = torch.utils._pytree.tree_map(
             # Copies: a slice is compiled for strides that differ from stretch to stretch.
             lambda t: t.contiguous(),
-            (query[:, :, first * rows : end * rows], around, some),
+            (query[:, :, first * rows : end * rows], around.of(slice(first, end)), some),
         )
         made: Tensor = run(openings, *inputs, config=config, is_causal=is_causal, scale=scale)
         return F.pad(made, (0, count - reach), value=NEVER)
@@ -285,18 +302,6 @@ def open_table(
     return torch.cat(
         [table(*edge, most) for edge, most in zip(itertools.pairwise(edges), reach[1:])], 2
     )
-
-
-def _windows(x: Tensor, first: int, count: int, step: int, width: int) -> Tensor:
-    """(B, G, count, width, ...) stretches of `x` (B, G, L, ...), `step` apart, as a view.
-
-    The sizes are the caller's: `unfold` would compute the count from the length, and a compiler
-    that does not know the length would not see that they agree.
-    """
-    x = x.contiguous()
-    size = (*x.shape[:2], count, width, *x.shape[3:])
-    stride = (*x.stride()[:2], step * x.stride(2), *x.stride()[2:])
-    return x.as_strided(size, stride, x.storage_offset() + first * step * x.stride(2))
 
 
 def openings(

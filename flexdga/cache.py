@@ -84,14 +84,23 @@ class DGALayer(CacheLayerMixin):  # type: ignore[misc]
         document_ids: Tensor | None = None,
     ) -> Tensor:
         """Attention of the queries whose keys and values `update` took; see `LayerCache.attend`."""
+        key, value = self.taken()
+        return self.cache.attend(
+            query, key, value, scale=scale, score_mod=score_mod, document_ids=document_ids
+        )
+
+    def counts(self) -> tuple[int, int]:
+        """Tokens so far, and columns that stand for them."""
+        return self.cache.seen, self.cache.num_slots + self.cache.num_raw
+
+    def taken(self) -> tuple[Tensor, Tensor]:
+        """The keys and values that `update` took, once."""
         global _last_updated
         _last_updated = None
         if self.waiting is None:
             raise ValueError("query: expected cache.update(key, value) before the query")
-        (key, value), self.waiting = self.waiting, None
-        return self.cache.attend(
-            query, key, value, scale=scale, score_mod=score_mod, document_ids=document_ids
-        )
+        taken, self.waiting = self.waiting, None
+        return taken
 
     def get_seq_length(self) -> int:
         """Tokens so far, padding included."""

@@ -72,9 +72,25 @@ def sinks_after(
 def slots_of_units(
     columns: Columns, origins: Origins, units: int, done: int, *, config: DGAConfig, scale: float
 ) -> Columns:
+    """`all_slots_of_units`, without those that stand for nothing where they would add up."""
+    slots = all_slots_of_units(columns, origins, units, done, config=config, scale=scale)
+    # Room for sinks in every unit, which only a document's first one has, would add up.
+    return without_dead(slots) if config.focal_per_unit < config.sinks else slots
+
+
+def all_slots_of_units(
+    columns: Columns,
+    origins: Origins,
+    units: int,
+    done: int | Tensor,
+    *,
+    config: DGAConfig,
+    scale: float,
+) -> Columns:
     """Slots of the oldest units among raw tokens, decided as `causal` scope does.
 
-    KV heads are planned as if each were a sequence: what is raw may differ between them.
+    They are the focal copies of all units, then their groups. KV heads are planned as if each were
+    a sequence: what is raw may differ between them.
 
     Args:
         columns: (B, Hkv, R, ...) raw tokens, whole units, with those that come after these units
@@ -109,9 +125,7 @@ def slots_of_units(
     middle = torch.where(here, take(place, members), 0).sum(-1) // size.clamp(min=1)
     position = torch.cat([take(place, focal), middle.int()], -1)
     made = slot_columns(pooled, position, torch.cat([focal >= 0, size > 0], -1))
-    slots = Columns(*(t.view(batch, kv_heads, *t.shape[2:]) for t in made))
-    # Room for sinks in every unit, which only a document's first one has, would add up.
-    return without_dead(slots) if config.focal_per_unit < config.sinks else slots
+    return Columns(*(t.view(batch, kv_heads, *t.shape[2:]) for t in made))
 
 
 def without_dead(columns: Columns) -> Columns:

@@ -156,7 +156,7 @@ def _count(own: Settings, length: int, layer: DGALayer | None) -> None:
     if layer is None:
         row.tokens, row.slots = length, about_slots(own.config, length)
     else:
-        row.tokens, row.slots = layer.cache.seen, layer.cache.num_slots + layer.cache.num_raw
+        row.tokens, row.slots = layer.counts()
 
 
 def _score_mod(own: Settings, softcap: float | None, s_aux: Tensor | None) -> ScoreMod | None:

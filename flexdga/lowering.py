@@ -69,6 +69,17 @@ def lower(program: ExportedProgram) -> ExportedProgram:
     return program.run_decompositions({OPERATOR: _Lowering().attention})
 
 
+def whole_steps(length: int, step: int, least: int = 1) -> int:
+    """How many steps hold a sequence, `least` or more; of a symbolic length a symbol of its own."""
+    if isinstance(length, int):
+        return max(-(-length // step), least)
+    steps: Any = torch.full((), torch.sym_max(-(-length // step), least)).item()
+    torch._check(steps >= least)
+    torch._check(steps * step - length >= 0)
+    found: int = steps
+    return found
+
+
 class _Lowering:
     """One program being lowered: numbers and plans that its layers share."""
 
@@ -163,10 +174,7 @@ class _Lowering:
             return max(-(-length // step), least)
         place = self.place("steps", length, step, least)
         if place not in self.known:
-            steps: Any = torch.full((), torch.sym_max(-(-length // step), least)).item()
-            torch._check(steps >= least)
-            torch._check(steps * step - length >= 0)
-            self.known[place] = steps
+            self.known[place] = whole_steps(length, step, least)
         found: int = self.known[place]
         return found
 

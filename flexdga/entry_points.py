@@ -1,0 +1,181 @@
+"""A transformers model in two parts to export: a prompt, and one token more; their state between.
+
+Both are plain modules of tensors: what a cache keeps is an output of the first, and an argument of
+the second, which changes it in place.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from flexdga.cache import DGALayer
+from flexdga.config import DGAConfig
+from flexdga.huggingface import Settings
+from flexdga.lowering import whole_steps
+from flexdga.static_cache import Layout, State, remember, step
+from flexdga.wrap_huggingface import attention_modules
+from score_mods import ScoreMod
+
+
+class StaticLayer(DGALayer):
+    """One layer's tensors, in the place of a cache layer of transformers.
+
+    Args:
+        layout: their sizes.
+        shared: what the layers share.
+        state: from a prompt; None for one to come.
+    """
+
+    def __init__(self, layout: Layout, shared: Shared, state: State | None = None) -> None:
+        self.layout, self.shared, self.state = layout, shared, state
+        self.waiting = None
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether it has seen a token."""
+        return self.state is not None
+
+    def counts(self) -> tuple[int, int]:
+        """Room for tokens, and the columns that stand for them."""
+        return self.layout.capacity, self.layout.ring + self.layout.slots
+
+    def get_seq_length(self) -> int:
+        """Not known to Python: positions are given to the model."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Masks are made for the new tokens alone."""
+        return query_length, 0
+
+    def attend(
+        self,
+        query: Tensor,
+        *,
+        scale: float | None = None,
+        score_mod: ScoreMod | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of the queries whose keys and values `update` took."""
+        key, value = self.taken()
+        if score_mod is not None or document_ids is not None:
+            raise NotImplementedError(
+                "decode: exported decoding knows neither score mods (soft capping, attention "
+                "sinks in the score) nor padding; expected a model and inputs without them"
+            )
+        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        if self.state is not None:
+            return step(query, key, value, self.state, self.shared.time(), self.layout, scale)
+        length = self.shared.filled_length(key.shape[2], self.layout)
+        out, self.state = remember(query, key, value, length, self.layout, scale)
+        return out
+
+
+class Shared:
+    """What all layers of one call need to know of it.
+
+    Args:
+        seen: () int64 tokens before a step; None for a prompt.
+    """
+
+    def __init__(self, seen: Tensor | None = None) -> None:
+        self.seen = seen
+        self.lengths: dict[int, int] = {}
+
+    def time(self) -> Tensor:
+        """Position of a step's token."""
+        assert self.seen is not None
+        return self.seen
+
+    def filled_length(self, length: int, layout: Layout) -> int:
+        """A prompt's length in whole steps, one symbol for all layers."""
+        if layout.step not in self.lengths:
+            steps = whole_steps(length, layout.step, least=2)
+            torch._check(steps * layout.step <= layout.capacity)
+            self.lengths[layout.step] = steps * layout.step
+        return self.lengths[layout.step]
+
+
+class Prompt(nn.Module):
+    """Tokens to the logits after the last of them, and the state.
+
+    Args:
+        model: wrapped by `flexdga.wrap`.
+        capacity: tokens that a text may grow to.
+
+    Raises:
+        NotImplementedError: a layer of the model cannot be decoded so.
+    """
+
+    def __init__(self, model: PreTrainedModel, capacity: int) -> None:
+        super().__init__()
+        self.model, self.capacity = model, capacity
+        self.layouts = _layouts(model, capacity)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """(B, L) tokens to (B, 1, vocabulary) logits, their number, and each layer's tensors."""
+        length = tokens.shape[1]
+        torch._check(length <= self.capacity)
+        shared = Shared()
+        layers = [StaticLayer(layout, shared) for layout in self.layouts]
+        logits = _logits(self.model, tokens, layers, logits_to_keep=1)
+        state = [t for layer in layers if layer.state for t in layer.state.values()]
+        return logits, torch.full((), length, device=tokens.device), *state
+
+
+class Step(nn.Module):
+    """One token more, and the state, to the logits after it.
+
+    Args:
+        model: wrapped by `flexdga.wrap`.
+        capacity: tokens that a text may grow to.
+
+    Raises:
+        NotImplementedError: a layer of the model cannot be decoded so.
+    """
+
+    def __init__(self, model: PreTrainedModel, capacity: int) -> None:
+        super().__init__()
+        self.model, self.capacity = model, capacity
+        self.layouts = _layouts(model, capacity)
+
+    def forward(self, token: Tensor, length: Tensor, *state: Tensor) -> Tensor:
+        """(B, 1) tokens to (B, 1, vocabulary) logits; `length` and `state` change in place."""
+        seen: Any = length.item()
+        torch._check(seen >= 1)
+        torch._check(seen < self.capacity)
+        time = length.clone()
+        shared, tensors = Shared(time), iter(state)
+        layers = [
+            StaticLayer(layout, shared, {name: next(tensors) for name in layout.names})
+            for layout in self.layouts
+        ]
+        logits: Tensor = _logits(self.model, token, layers, position_ids=time.view(1, 1))
+        length.add_(1)
+        return logits
+
+
+def _logits(model: PreTrainedModel, tokens: Tensor, layers: list[StaticLayer], **more: Any) -> Any:
+    cache = Cache(layers=list(layers))
+    out = model(tokens, past_key_values=cache, use_cache=True, return_dict=True, **more)
+    return out.logits
+
+
+def _layouts(model: PreTrainedModel, capacity: int) -> list[Layout]:
+    layouts = []
+    for name, module in attention_modules(model):
+        settings = getattr(module, "_flexdga", None)
+        if not isinstance(settings, Settings):
+            raise ValueError(f"model: expected one that flexdga.wrap wrapped; {name} is not")
+        if "sliding" in settings.row.why or not getattr(module, "is_causal", False):
+            raise NotImplementedError(
+                f"decode: {name} is not a causal layer of DGA's or a dense one "
+                f"({settings.row.why}); expected a model without such layers"
+            )
+        layouts.append(Layout(settings.config, capacity))
+    return layouts

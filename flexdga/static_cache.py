@@ -1,0 +1,428 @@
+"""A decode cache of fixed capacity, as plain tensors: what an exported decode step reads and writes.
+
+It holds what `DGACache` holds in `causal` scope, laid out so that no shape depends on the text: a
+token's place, and what a query sees, follow from the number of tokens so far alone. All rows of a
+batch are equally long texts without padding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexdga.attention import dga_attention
+from flexdga.config import DGAConfig
+from flexdga.exact import attend_all
+from flexdga.far_units import Opened, raw_log_mass, with_opened
+from flexdga.handoff import all_slots_of_units
+from flexdga.indexing import compact, filled, take_rows
+from flexdga.opening import (
+    Units,
+    far_log_mass,
+    openings,
+    served,
+    unit_documents,
+    unit_features,
+    wanted,
+)
+from flexdga.plan import NEVER
+from flexdga.planner import group_slots_per_unit, handover, lookahead
+from flexdga.storage import Columns, Origins
+
+State = dict[str, Tensor]
+"""One layer's tensors, by name; which there are depends on the config.
+
+- key, value: (B, Hkv, C, D). The first `Layout.ring` columns are raw tokens, token t in column
+  t mod ring; then come copies of attention sinks, then each unit's slots.
+- bias: (B, Hkv, C - ring) of the slots; -inf where there is none yet.
+- query: (B, H, ring, D), where planning reads queries.
+- far0, far1, ...: (B, Hkv, capacity, ·) raw keys and values that queries may open, each one tensor,
+  or numbers and scales.
+- units: (B, Hkv, N, 2D) features of what may be opened, with `open_by="box"`.
+- open: (B, H, N) bool, what the present query block has open.
+"""
+
+
+class Layout:
+    """The sizes of one layer's tensors.
+
+    Args:
+        config: of the layer.
+        capacity: tokens that a text may grow to.
+
+    Raises:
+        ValueError: `capacity` is none.
+        NotImplementedError: the config decides something that needs shapes that depend on data.
+    """
+
+    def __init__(self, config: DGAConfig, capacity: int) -> None:
+        self.prompt, self.capacity = config, capacity
+        self.dense = config.dense_below >= NEVER
+        changes: dict[str, Any] = {"scope": "causal", "focal_budget": None}
+        self.config = config = dataclasses.replace(config, **changes, probe_placement="even")
+        unit, rows = config.unit_size, config.block_size[0]
+        self.step = math.lcm(self.prompt.step, config.step)
+        """A prompt is stored in whole steps of so many tokens."""
+        if isinstance(capacity, bool) or not isinstance(capacity, int):
+            raise TypeError(f"decode: expected a number of tokens, got {capacity!r}")
+        if capacity < 2 * self.step or capacity % self.step:
+            raise ValueError(
+                f"decode: expected {2 * self.step} tokens or more, in whole steps of "
+                f"{self.step} (unit_size and block_size decide them), got {capacity}"
+            )
+        self._check()
+        self.count = capacity // unit
+        """Units."""
+        self.extra = 0 if self.dense else max(config.sinks - config.focal_per_unit, 0)
+        """Sinks that have columns of their own; the first unit's slots hold the others."""
+        each = config.focal_per_unit + group_slots_per_unit(config)
+        self.per_unit = 0 if self.dense else each
+        reads_queries = config.needs_importance or (
+            config.groups and config.group_weights == "last_query"
+        )
+        self.keeps_queries = bool(reads_queries and self.per_unit)
+        begins = range(0, 2 * math.lcm(unit, rows), unit)  # how units lie in blocks repeats itself
+        due = [handover(begin + unit - 1, config) for begin in begins]
+        self.at_once = max(due.count(time) for time in due)
+        """Units that can be due at one query."""
+        self.stretch = -(-(self.at_once * unit + lookahead(config)) // unit)
+        """Units whose tokens decide on these."""
+        steady = max(time - begin + 1 for time, begin in zip(due, begins))
+        steady = max(steady, self.stretch * unit)
+        self.ring = capacity if self.dense else min(-(-steady // unit) * unit, capacity)
+        self.opens = config.opens and config.keep_raw != "none" and not self.dense
+        self.scrap = max(self.at_once * self.per_unit, self.extra)
+        """Columns at the end, for what is written nowhere else."""
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tensors of a state, in order."""
+        if self.dense:
+            return ["key", "value"]
+        far = 4 if self.config.keep_raw == "int8" else 2
+        names = ["key", "value", "bias"] + ["query"] * self.keeps_queries
+        if self.opens:
+            names += [f"far{i}" for i in range(far)] + ["open"]
+            names += ["units"] * (self.config.open_by == "box")
+        return names
+
+    @property
+    def slots(self) -> int:
+        """Columns of slots, scrap apart."""
+        return self.extra + self.count * self.per_unit
+
+    def _check(self) -> None:
+        config = self.prompt
+        if self.dense:
+            return
+        plain = config.rest == "drop" and not config.needs_importance
+        if config.scope == "prompt" and not (config.opens and plain):
+            raise NotImplementedError(
+                "decode: in scope='prompt' a whole prompt decides which of its tokens are focal "
+                "or grouped, and so how many columns are left of it; expected scope='causal', "
+                "which decides unit by unit (or open_units with rest='drop' and no focal tokens)"
+            )
+        if config.keep_raw == "cpu" and config.opens:
+            raise NotImplementedError(
+                "decode: an exported program has one device; expected keep_raw 'full', 'int8' or "
+                "'none', got 'cpu'"
+            )
+        if config.sinks > config.unit_size:
+            raise NotImplementedError(
+                f"decode: expected at most unit_size ({config.unit_size}) sinks, got {config.sinks}"
+            )
+
+    def done(self, time: Tensor) -> Tensor:
+        """How many units query `time` sees as slots."""
+        config, rows = self.config, self.config.block_size[0]
+        reached = time // rows * rows if config.align else time
+        return (reached - config.window + 1).clamp(min=0) // config.unit_size
+
+    def positions(self, time: Tensor) -> Tensor:
+        """(ring,) the newest token up to `time` that each raw column can hold; < 0 for none."""
+        column = torch.arange(self.ring, device=time.device)
+        return time - torch.remainder(time - column, self.ring)
+
+
+def remember(
+    query: Tensor, key: Tensor, value: Tensor, filled_length: int, layout: Layout, scale: float
+) -> tuple[Tensor, State]:
+    """Attention of a prompt, and what is left of it for the next token.
+
+    Args:
+        query: (B, H, L, D).
+        key: (B, Hkv, L, D).
+        value: (B, Hkv, L, Dv).
+        filled_length: L up to whole steps of the plan, `layout.step`.
+        layout: of the layer.
+        scale: of the scores.
+
+    Returns:
+        (B, H, L, Dv), and the state.
+    """
+    out = dga_attention(query, key, value, config=layout.prompt, scale=scale)
+    assert isinstance(out, Tensor)
+    length = key.shape[2]
+    if layout.dense:
+        room = layout.capacity - length
+        return out, {"key": filled(key, 2, room, 0), "value": filled(value, 2, room, 0)}
+    config = layout.config
+    query, key, value = (filled(x, 2, filled_length - length, 0) for x in (query, key, value))
+    time = _as_data(torch.full((), length - 1, device=key.device), key)
+    done, place = layout.done(time), layout.positions(time)
+    index = place.clamp(min=0)
+    parts: dict[str, list[Tensor]] = {
+        "key": [key.index_select(2, index)], "value": [value.index_select(2, index)], "bias": [],
+    }  # fmt: skip
+
+    def add(key: Tensor, value: Tensor, bias: Tensor) -> None:
+        for name, x in (("key", key), ("value", value), ("bias", bias)):
+            parts[name].append(x)
+
+    if layout.extra:
+        sink = slice(config.focal_per_unit, config.sinks)
+        add(key[:, :, sink], value[:, :, sink], torch.zeros_like(key[:, :, sink, 0]))
+    if layout.per_unit:
+        first = torch.arange(key.shape[2], dtype=torch.int32, device=key.device)
+        first = torch.where(first < length, 0, NEVER).expand(key.shape[:3])
+        slots = _slots(query, key, value, first, torch.zeros_like(done), layout, scale)
+        number = torch.arange(slots[0].shape[2], device=key.device)
+        slots[2] = torch.where((number < done)[:, None], slots[2], -math.inf)
+        add(*(x.flatten(2, 3) for x in slots))
+    for name, blank in (("key", 0.0), ("value", 0.0), ("bias", -math.inf)):
+        like = key[..., 0] if name == "bias" else {"key": key, "value": value}[name]
+        size = layout.slots + layout.scrap + (0 if name == "bias" else layout.ring)
+        used = sum(x.shape[2] for x in parts[name])
+        shape = (*like.shape[:2], size - used, *like.shape[3:])
+        parts[name].append(like.new_full(shape, blank))
+    state = {name: torch.cat(x, 2) for name, x in parts.items()}
+    if layout.keeps_queries:
+        state["query"] = query.index_select(2, index)
+    if layout.opens:
+        state |= _far(query, key, value, length, time, layout, scale)
+    return out, {name: state[name] for name in layout.names}
+
+
+def step(
+    query: Tensor, key: Tensor, value: Tensor, state: State, time: Tensor, layout: Layout,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    """Attention of the next token to all so far, itself included; `state` is changed in place.
+
+    Args:
+        query: (B, H, 1, D).
+        key: (B, Hkv, 1, D).
+        value: (B, Hkv, 1, Dv).
+        state: from `remember`, and the steps since.
+        time: () int64, tokens before this one.
+        layout: of the layer.
+        scale: of the scores.
+
+    Returns:
+        (B, H, 1, Dv).
+    """
+    at = (time % layout.ring).view(1)
+    _write(state["key"], at, key)
+    _write(state["value"], at, value)
+    if layout.dense:
+        count: Any = time.item() + 1
+        torch._check(count >= 2)
+        torch._check(count <= layout.capacity)
+        keys, values = (state[name].narrow(2, 0, count) for name in ("key", "value"))
+        return attend_all(query, keys, values, keys.new_zeros(1, 1, 1, count), scale=scale)
+    config, ring = layout.config, layout.ring
+    if layout.extra:
+        # A sink has its own column from the beginning, which is seen from its handover on.
+        sink = (time >= config.focal_per_unit) & (time < config.sinks)
+        column = torch.where(sink, time - config.focal_per_unit, layout.slots).view(1)
+        _write(state["key"], ring + column, key)
+        _write(state["value"], ring + column, value)
+        shown = torch.where(sink, 0.0, -math.inf).to(key)
+        _write(state["bias"], column, shown.expand(*key.shape[:2], 1))
+    if layout.keeps_queries:
+        _write(state["query"], at, query)
+    done = layout.done(time)
+    if layout.per_unit:
+        _pool(state, time, layout, scale)
+
+    place = layout.positions(time)
+    raw = torch.where(place >= done * config.unit_size, 0.0, -math.inf).to(key)
+    raw = raw.expand(*key.shape[:2], -1)
+    bias = torch.cat([raw, state["bias"]], 2)
+    if layout.extra:
+        sinks = slice(ring, ring + layout.extra)
+        hidden = torch.where(done > 0, 0.0, -math.inf).to(key)
+        bias = torch.cat([raw, bias[:, :, sinks] + hidden, bias[:, :, sinks.stop :]], 2)
+    home = torch.tensor(_homes(layout), dtype=torch.int32, device=key.device)
+    position = (home * config.unit_size).expand(*key.shape[:2], -1)
+    seen = Columns(state["key"], state["value"], bias, position)
+    bias = bias[:, :, None]
+    if layout.opens:
+        opened = _open(query, key, value, seen, bias, state, time, layout, scale)
+        seen, bias = with_opened(seen, bias, opened, ring, config.unit_size)
+    return attend_all(query, seen.key, seen.value, bias, scale=scale)
+
+
+def _write(buffer: Tensor, index: Tensor, new: Tensor) -> None:
+    """In place, columns of (B, H, C, ...)."""
+    buffer.index_copy_(2, index, new.to(buffer.dtype))
+
+
+def _homes(layout: Layout) -> list[int]:
+    """The unit of each column; raw ones are not asked for it."""
+    slots = [i // layout.per_unit for i in range(layout.count * layout.per_unit)]
+    return [0] * (layout.ring + layout.extra) + slots + [0] * layout.scrap
+
+
+def _as_data(number: Tensor, some: Tensor) -> Tensor:
+    """`number`, but as if it depended on data: Inductor fails to simplify indices made of sizes."""
+    some = some[0, 0, 0, 0]
+    return number + ((some != some) & (some == some)).to(number.dtype)
+
+
+def _slots(
+    query: Tensor, key: Tensor, value: Tensor, first: Tensor, done: Tensor, layout: Layout,
+    scale: float,
+) -> list[Tensor]:  # fmt: skip
+    """Of whole units: (B, Hkv, N, `per_unit`, D) keys and values, and (B, Hkv, N, ...) bias."""
+    config, units = layout.config, key.shape[2] // layout.config.unit_size
+    blank = torch.zeros_like(first)
+    columns, origins = Columns(key, value, blank, blank), Origins(first, query)
+    slots = all_slots_of_units(columns, origins, units, done, config=config, scale=scale)
+    groups = group_slots_per_unit(config) * units
+    focal = slots.key.shape[2] - groups
+
+    def by_unit(x: Tensor) -> Tensor:
+        x_focal, x_group = x.split([focal, groups], 2)
+        x_focal = x_focal.unflatten(2, (units, -1))[:, :, :, : config.focal_per_unit]
+        return torch.cat([x_focal, x_group.unflatten(2, (units, -1))], 3)
+
+    return [by_unit(x) for x in (slots.key, slots.value, slots.bias)]
+
+
+def _pool(state: State, time: Tensor, layout: Layout, scale: float) -> None:
+    """Slots in place of the units that are due at query `time`, if there are any."""
+    config, ring = layout.config, layout.ring
+    before, after = layout.done(time - 1), layout.done(time)
+    unit = torch.arange(layout.stretch * config.unit_size, device=time.device)
+    token = before * config.unit_size + unit
+    index = token % ring
+
+    def pooled(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        first = torch.where(token <= time, 0, NEVER).to(torch.int32).expand(*key.shape[:2], -1)
+        rows = [x.index_select(2, index) for x in (query, key[:, :, :ring], value[:, :, :ring])]
+        made = _slots(*rows, first, before * config.unit_size, layout, scale)
+        return tuple(x[:, :, : layout.at_once].flatten(2, 3).contiguous() for x in made)
+
+    def nothing(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        shape = (*key.shape[:2], layout.at_once * layout.per_unit)
+        blank = (key.new_zeros(*shape, key.shape[3]), value.new_zeros(*shape, value.shape[3]))
+        return *blank, key.new_zeros(shape)
+
+    query = state["query"] if layout.keeps_queries else state["key"][:, :, :ring]
+    slots = torch.cond(after > before, pooled, nothing, (query, state["key"], state["value"]))
+    number = torch.arange(layout.at_once, device=time.device) + before
+    column = (number[:, None] * layout.per_unit) + torch.arange(layout.per_unit, device=time.device)
+    spare = torch.arange(layout.at_once * layout.per_unit, device=time.device)
+    column = torch.where(
+        (number < after)[:, None], layout.extra + column, layout.slots + spare.view_as(column)
+    ).flatten()
+    _write(state["key"], ring + column, slots[0])
+    _write(state["value"], ring + column, slots[1])
+    written = torch.where(column < layout.slots, slots[2], -math.inf)
+    _write(state["bias"], column, written)
+
+
+# Openings
+
+
+def _far(
+    query: Tensor, key: Tensor, value: Tensor, length: int, time: Tensor, layout: Layout,
+    scale: float,
+) -> State:  # fmt: skip
+    """What a prompt leaves to be opened."""
+    config, rows = layout.config, layout.config.block_size[0]
+    kept = _packed(key, value, config)
+    made = {f"far{i}": filled(x, 2, layout.capacity - key.shape[2], 0) for i, x in enumerate(kept)}
+    first = torch.arange(key.shape[2], dtype=torch.int32, device=key.device)
+    first = torch.where(first < length, 0, NEVER).expand(key.shape[0], -1)
+    units = Units(unit_features(key, config), unit_documents(first, config))
+    block = (time // rows).view(1)
+    index = block * rows + torch.arange(rows, device=key.device)
+    since = openings(
+        query.index_select(2, index), key, first, units, block.to(torch.int32),
+        config=layout.prompt, is_causal=True, packed=False, scale=scale,
+    )  # fmt: skip
+    is_open = since[:, :, 0] < NEVER
+    made["open"] = filled(is_open, 2, layout.count - is_open.shape[2], False)
+    if config.open_by == "box":
+        made["units"] = filled(units.key, 2, layout.count - units.key.shape[2], 0)
+    return made
+
+
+def _open(
+    query: Tensor, key: Tensor, value: Tensor, seen: Columns, bias: Tensor, state: State,
+    time: Tensor, layout: Layout, scale: float,
+) -> Opened:  # fmt: skip
+    """Store the token among those that may be opened; which units its query opens."""
+    config, (rows, size) = layout.config, layout.config.block_size
+    for i, x in enumerate(_packed(key, value, config)):
+        _write(state[f"far{i}"], time.view(1), x)
+    kept = [state[f"far{i}"] for i in range(len(_packed(key, value, config)))]
+    half, done = len(kept) // 2, layout.done(time)
+    if config.open_by == "box":
+        # The newest units that may be opened: what was written before is written again.
+        number = (done - layout.at_once).clamp(min=0) + torch.arange(
+            layout.at_once, device=time.device
+        )
+        token = number[:, None] * size + torch.arange(size, device=time.device)
+        newest = _restored([x.index_select(2, token.flatten()) for x in kept[:half]])
+        _write(state["units"], number, unit_features(newest, config))
+        units = state["units"]
+    else:
+        units = _restored(kept[:half])
+    far = far_log_mass(query, units, config, scale)
+    may = torch.arange(layout.count, device=time.device) < done
+    far = far.masked_fill(~may, -math.inf)
+    near = raw_log_mass(query, seen.key[:, :, : layout.ring], bias[..., : layout.ring], scale)
+    want, total = wanted(far, near, config)
+    already = state["open"] & (time % rows != 0)
+    if config.open_units is not None:
+        share = torch.exp(far - total[..., None])
+        chosen = served(want, share, config.open_units, turns=True, already=already)
+        want = want & chosen[:, :, None]
+    is_open = want[:, :, 0] | already
+    state["open"].copy_(is_open)
+    # Two at least: compilers take sizes of 1 for constants.
+    most: Any = is_open.sum(-1).amax().clamp(min=2).item()
+    torch._check(most >= 2)
+    torch._check(most <= layout.count)
+    unit = compact(is_open, most)
+    position = unit[..., None] * size + torch.arange(size, dtype=torch.int32, device=unit.device)
+    position = torch.where(unit[..., None] >= 0, position, -1).flatten(2)
+    rep = query.shape[1] // key.shape[1]
+    index = position.unflatten(1, (-1, rep))
+    rows_of = [
+        _restored([take_rows(x, index) for x in part]).flatten(1, 2)
+        for part in (kept[:half], kept[half:])
+    ]
+    hidden = torch.where(position >= 0, 0.0, -math.inf).to(key)[:, :, None]
+    return Opened(is_open[:, :, None], Columns(*rows_of, hidden, position))
+
+
+def _packed(key: Tensor, value: Tensor, config: DGAConfig) -> list[Tensor]:
+    if config.keep_raw != "int8":
+        return [key, value]
+    parts: list[Tensor] = []
+    for x in (key, value):
+        scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
+        parts += [(x / scale).round().to(torch.int8), scale]
+    return parts
+
+
+def _restored(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else parts[0].to(parts[1]) * parts[1]

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from flexdga.cache import DGALayer
-from flexdga.config import DGAConfig
 from flexdga.huggingface import Settings
 from flexdga.lowering import whole_steps
-from flexdga.static_cache import Layout, State, remember, step
+from flexdga.static_cache import remember, step
+from flexdga.static_layout import Layout, State
 from flexdga.wrap_huggingface import attention_modules
 from score_mods import ScoreMod
 

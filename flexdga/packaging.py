@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor.package.package import load_package, package_aoti
 from torch.export import Dim, ExportedProgram, ShapesCollection
 
 from flexdga import cpu_kernel
@@ -27,6 +29,7 @@ def export(
     path: str | os.PathLike[str],
     *,
     dynamic: bool = True,
+    decode: int | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Path:
     """Compile a model ahead of time into one file that needs torch alone to run.
@@ -39,6 +42,17 @@ def export(
     With `dynamic`, batch and length are those of each call. There is then no branch on
     `DGAConfig.dense_below`: see `flexdga.lower`.
 
+    With `decode`, a wrapped transformers model becomes two entry points of one package, to
+    generate text with:
+
+        prefill(tokens) -> logits, length, *state
+        decode(token, length, *state) -> logits
+
+    `tokens` is (B, L), `token` (B, 1), and the logits (B, 1, vocabulary) are those after the last
+    token. `length` and `state` are what a `DGACache` holds of the text so far (window, slots, raw
+    tokens to open again), in tensors of fixed size; `decode` changes them in place. It decodes as
+    `dense_below=0` does, over texts without padding. Each entry point holds the weights.
+
     Args:
         model: a model that `flexdga.wrap` wrapped, or any module with `dga_attention` or
             `DGAttention` in it.
@@ -47,6 +61,8 @@ def export(
         dynamic: let batch and length vary, from 1 and 2 on. In an input, (B,), (B, L), (B, L, E) or
             (B, H, L, D), they are where these letters stand. Examples of one row are doubled for
             the tracing: the compiler would take one for a constant.
+        decode: tokens that a generated text, prompt included, may grow to; in whole steps of the
+            plan. None: no decoding.
         options: of Inductor, as in `torch.compile(options=...)`.
 
     Returns:
@@ -56,13 +72,16 @@ def export(
         TypeError: an argument is of the wrong type.
         ValueError: `path` cannot be written, an input has dimensions that `dynamic` does not know,
             batch or length are not the same in all inputs, or no attention of the model is DGA's.
-        NotImplementedError: a dynamic length on CPU, without the repaired kernel.
+        NotImplementedError: a dynamic length on CPU, without the repaired kernel; or, with
+            `decode`, a layer whose state has no fixed size, and why.
     """
     target = _check_path(path)
     args, kwargs = _check_inputs(model, example_inputs)
+    if decode is not None:
+        _check_decodes(model, args, kwargs, decode)
     shapes: Any = None
     if dynamic:
-        args, kwargs, shapes = _dynamic(args, kwargs)
+        args, kwargs, shapes = _dynamic(args, kwargs, decode)
         if (
             any(x.device.type == "cpu" for x in (*args, *kwargs.values()))
             and not cpu_kernel.available()
@@ -74,23 +93,76 @@ def export(
                 f"{torch.__version__}"
             )
     with torch.no_grad():
-        program = torch.export.export(_prefill(model), args, kwargs, dynamic_shapes=shapes)
-        _check_uses_dga(model, program)
-        made = torch._inductor.aoti_compile_and_package(
-            lower(program), package_path=str(target), inductor_configs=dict(options or {})
-        )
-    return Path(made)
+        if decode is not None:
+            programs = _generation(model, args[0], shapes, decode)
+        else:
+            program = torch.export.export(_prefill(model), args, kwargs, dynamic_shapes=shapes)
+            _check_uses_dga(model, program)
+            programs = {"model": program}
+        files = {name: _compiled(program, options) for name, program in programs.items()}
+        package_aoti(str(target), files)
+    return target
 
 
-def load(path: str | os.PathLike[str]) -> Any:
+def load(path: str | os.PathLike[str], entry: str = "model") -> Any:
     """The exported model, to be called as the model was with `example_inputs`.
 
+    Args:
+        path: of the package.
+        entry: of a package made with `decode`: `prefill` or `decode`.
+
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, or no such entry point in it.
     """
     if not Path(path).is_file():
         raise ValueError(f"path: expected a package that flexdga.export wrote, got {path}")
-    return torch._inductor.aoti_load_package(str(path))
+    with zipfile.ZipFile(path) as archive:
+        parts = [name.partition("data/aotinductor/")[2] for name in archive.namelist()]
+    found = sorted({part.split("/")[0] for part in parts if "/" in part})
+    if entry not in found:
+        raise ValueError(f"entry: expected one of {found} for {path}, got {entry!r}")
+    return load_package(os.fspath(path), entry)
+
+
+def _generation(
+    model: nn.Module, tokens: Tensor, shapes: Any, capacity: int
+) -> dict[str, ExportedProgram]:
+    """Prompt and step of a transformers model."""
+    from flexdga.entry_points import Prompt, Step
+
+    given: Any = model
+    prompt, step = Prompt(given, capacity), Step(given, capacity)
+    prefill = torch.export.export(prompt, (tokens,), dynamic_shapes=shapes)
+    made = [node.meta["val"] for node in prefill.graph.output_node().args[0]]
+    batch = tokens.shape[0]
+    state = [_like(x, batch) for x in made[1:]]
+    state[0].fill_(tokens.shape[1])
+    token: Tensor = tokens[:, :1].clone()
+    where: Any = None
+    if shapes is not None:
+        where, rows = ShapesCollection(), Dim("batch", min=1)
+        for x in (token, *state):
+            if x.dim():
+                where[x] = {0: rows}
+    decode = torch.export.export(step, (token, *state), dynamic_shapes=where)
+    return {"prefill": prefill, "decode": decode}
+
+
+def _like(fake: Tensor, batch: int) -> Tensor:
+    """Zeros of a tensor of the prompt's program, whose batch alone may be a symbol."""
+    shape = [batch, *fake.shape[1:]] if fake.dim() else []
+    return torch.zeros(shape, dtype=fake.dtype, device=fake.device)
+
+
+def _compiled(program: ExportedProgram, options: Mapping[str, Any] | None) -> Any:
+    """The files that AOTInductor makes of a program."""
+    lowered = lower(program)
+    assert lowered.example_inputs is not None  # of torch.export
+    args, kwargs = lowered.example_inputs
+    chosen = dict(options or {}) | {"aot_inductor.package": True}
+    return torch._inductor.aot_compile(
+        lowered.module(check_guards=False), args, kwargs, options=chosen
+    )
 
 
 class _Prefill(nn.Module):
@@ -147,8 +219,30 @@ def _check_inputs(model: nn.Module, inputs: Inputs) -> tuple[tuple[Tensor, ...],
     return args, kwargs
 
 
+def _check_decodes(
+    model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], capacity: int
+) -> None:
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        raise TypeError(
+            f"model: expected a transformers model with decode={capacity}, got "
+            f"{type(model).__name__}"
+        )
+    if kwargs or len(args) != 1 or args[0].dim() != 2 or args[0].is_floating_point():
+        raise ValueError(
+            "example_inputs: expected token ids (B, L) alone with decode, got "
+            f"{[tuple(x.shape) for x in args]} {sorted(kwargs)}"
+        )
+    if isinstance(capacity, bool) or not isinstance(capacity, int):
+        raise TypeError(f"decode: expected a number of tokens, got {capacity!r}")
+    if args[0].shape[1] > capacity:
+        raise ValueError(
+            f"decode: expected room for the example's {args[0].shape[1]} tokens, got {capacity}"
+        )
+
+
 def _dynamic(
-    args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+    args: tuple[Tensor, ...], kwargs: dict[str, Tensor], longest: int | None
 ) -> tuple[tuple[Tensor, ...], dict[str, Tensor], ShapesCollection]:
     """The inputs, rows doubled where there is one, and which of their dimensions may vary."""
     every = [*args, *kwargs.values()]
@@ -173,7 +267,7 @@ def _dynamic(
     rows = 2 if found["batch"] == {1} else 1
     args = tuple(torch.cat([x] * rows) for x in args)
     kwargs = {name: torch.cat([x] * rows) for name, x in kwargs.items()}
-    sizes = Dim("batch", min=1), Dim("length", min=2)
+    sizes = Dim("batch", min=1), Dim("length", min=2, max=longest)
     shapes = ShapesCollection()
     for x in (*args, *kwargs.values()):
         where = BATCH_AND_LENGTH[x.dim()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,8 +35,10 @@ class DGALayer(CacheLayerMixin):  # type: ignore[misc]
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, config: DGAConfig, max_length: int | None = None) -> None:
-        self.cache = LayerCache(config, max_length=max_length)
+    def __init__(
+        self, config: DGAConfig, max_length: int | None = None, int8: bool = False
+    ) -> None:
+        self.cache = LayerCache(config, max_length=max_length, int8=int8)
         self.waiting: tuple[Tensor, Tensor] | None = None
 
     def __repr__(self) -> str:
@@ -179,10 +181,14 @@ class DGACache(Cache):  # type: ignore[misc]
             always have. Without it, layers are made as they come.
         layers: another configuration for some layers, by number; None from it leaves one dense.
         max_length: tokens to make room for at once, so that no buffer grows while decoding.
+        kv_dtype: `int8` keeps the keys and values of slots (focal tokens and groups) so, with a
+            scale for each slot and head, and restores them for each query. The raw window stays
+            as it is; `DGAConfig.keep_raw` says how tokens to open again are kept.
 
     Raises:
         TypeError: `config` is no DGAConfig.
-        ValueError: the model caches latents, not keys and values (DeepSeek).
+        ValueError: `kv_dtype` is neither None nor `int8`, or the model caches latents, not keys
+            and values (DeepSeek).
     """
 
     def __init__(
@@ -192,14 +198,17 @@ class DGACache(Cache):  # type: ignore[misc]
         model_config: PreTrainedConfig | None = None,
         layers: LayerRule | None = None,
         max_length: int | None = None,
+        kv_dtype: Literal["int8"] | None = None,
     ) -> None:
+        if kv_dtype not in (None, "int8"):
+            raise ValueError(f"kv_dtype: expected 'int8' or None, got {kv_dtype!r}")
         config = DGAConfig() if config is None else config
         if not isinstance(config, DGAConfig):
             raise TypeError(f"config: expected a DGAConfig, got {type(config).__name__}")
 
         def make(index: int) -> DGALayer:
             chosen = config if layers is None else layers(index)
-            return DGALayer(DENSE if chosen is None else chosen, max_length)
+            return DGALayer(DENSE if chosen is None else chosen, max_length, kv_dtype == "int8")
 
         made: list[Any] = []
         if getattr(model_config, "kv_lora_rank", None) is not None:

@@ -63,10 +63,14 @@ class LayerCache:
     Args:
         config: the choices.
         max_length: tokens to make room for at once, so that nothing grows while decoding.
+        int8: whether slots are kept in int8.
     """
 
-    def __init__(self, config: DGAConfig, *, max_length: int | None = None) -> None:
+    def __init__(
+        self, config: DGAConfig, *, max_length: int | None = None, int8: bool = False
+    ) -> None:
         self.config = config
+        self.int8 = int8
         self.max_length = max_length
         self.record_past = False
         changes: dict[str, Any] = {"scope": "causal", "focal_budget": None}
@@ -398,8 +402,9 @@ class LayerCache:
         slot_room = max((ahead - self.done) // config.unit_size * self._unit_slots, ROOM)
         slot_room += 0 if slots is None else slots.key.shape[2]
         self._buffer = SlotBuffer(
-            columns, origins, self._steady, slot_room, keep_queries=self._keeps_queries
-        )
+            columns, origins, self._steady, slot_room,
+            keep_queries=self._keeps_queries, int8=self.int8,
+        )  # fmt: skip
         if slots is not None:
             self._buffer.add_slots(slots)
 

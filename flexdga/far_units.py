@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flexdga.config import DGAConfig
 from flexdga.indexing import compact, take_rows
+from flexdga.int8 import pack, unpack
 from flexdga.opening import far_log_mass, served, unit_documents, unit_features, wanted
 from flexdga.plan import NEVER
 from flexdga.storage import GROWTH, Columns
@@ -167,8 +168,7 @@ class FarUnits:
 
     def _pack(self, x: Tensor) -> tuple[Tensor, ...]:
         if self.config.keep_raw == "int8":
-            scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
-            return (x / scale).round().to(torch.int8), scale
+            return pack(x)
         return (x.cpu() if self.config.keep_raw == "cpu" else x,)
 
     def _unpack(self, kept: list[Tensor], position: Tensor) -> Tensor:
@@ -229,7 +229,7 @@ def with_opened(
 
 
 def _restored(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else parts[0].to(parts[1]) * parts[1]
+    return parts[0] if len(parts) == 1 else unpack(parts[0], parts[1], parts[1].dtype)
 
 
 def _like(index: Tensor, table: Tensor) -> Tensor:

@@ -189,16 +189,24 @@ def _plainly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _in_whole_blocks(plan: Plan, block: int) -> Plan:
-    """The plan with empty groups more, at least one, up to whole key blocks of slots."""
+    """The plan with empty slots more, at least one, up to whole key blocks of slots.
+
+    They are groups, or focal slots where nothing is grouped: then no group has to be computed.
+    """
     compressed = plan.num_slots - plan.length
     count = (compressed // block + 1) * block - compressed
     torch._check(count >= 1)
-    score = plan.member_score
     made = dataclasses.replace(
         plan,
         start=filled(plan.start, 2, count, NEVER),
         end=filled(plan.end, 2, count, 0),
         position=filled(plan.position, 2, count, -1),
+    )
+    if statically_known_true(plan.members.shape[2] == 0):
+        return dataclasses.replace(made, focal=filled(plan.focal, 2, count, -1))
+    score = plan.member_score
+    made = dataclasses.replace(
+        made,
         members=filled(plan.members, 2, count, -1),
         member_score=None if score is None else filled(score, 2, count, 0),
     )

@@ -17,6 +17,7 @@ from flexdga.exact import attend_all
 from flexdga.far_units import Opened, raw_log_mass, with_opened
 from flexdga.handoff import all_slots_of_units
 from flexdga.indexing import compact, filled, take_rows
+from flexdga.int8 import pack, unpack
 from flexdga.opening import (
     Units,
     far_log_mass,
@@ -307,12 +308,8 @@ def _open(
 def _packed(key: Tensor, value: Tensor, config: DGAConfig) -> list[Tensor]:
     if config.keep_raw != "int8":
         return [key, value]
-    parts: list[Tensor] = []
-    for x in (key, value):
-        scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
-        parts += [(x / scale).round().to(torch.int8), scale]
-    return parts
+    return [*pack(key), *pack(value)]
 
 
 def _restored(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else parts[0].to(parts[1]) * parts[1]
+    return parts[0] if len(parts) == 1 else unpack(parts[0], parts[1], parts[1].dtype)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from flexdga.int8 import pack, unpack
 from flexdga.plan import NEVER
 
 GROWTH = 1.25
@@ -62,6 +64,8 @@ class SlotBuffer:
         raw_room: raw columns to make room for.
         slot_room: slots to make room for.
         keep_queries: whether raw tokens keep their queries; without, `origins` has none.
+        int8: whether keys and values of slots are int8, with a bfloat16 scale for each slot and
+            head; raw columns are not.
     """
 
     def __init__(
@@ -72,8 +76,13 @@ class SlotBuffer:
         slot_room: int,
         *,
         keep_queries: bool,
+        int8: bool = False,
     ) -> None:
         self.keep_queries = keep_queries
+        self._int8: list[Tensor] | None = None  # of slots: numbers and scales of keys, of values
+        if int8:
+            none = (columns.key[:, :, :0], columns.value[:, :, :0])
+            self._int8 = [part for x in none for part in _packed(x)]
         self.live, self.num_slots = columns.key.shape[2], 0
         self.raw_room = self.live
         self._columns, self._origins = columns, origins
@@ -87,7 +96,15 @@ class SlotBuffer:
     def visible(self) -> Columns:
         """What a query sees; `bias` hides the empty columns among it."""
         end = self.raw_room + self.num_slots if self.num_slots else self.live
-        return _cut(self._columns, 0, end)
+        seen = _cut(self._columns, 0, end)
+        if self._int8 is None or not self.num_slots:
+            return seen
+        key8, key_scale, value8, value_scale = (t[:, :, : self.num_slots] for t in self._int8)
+        key = unpack(key8, key_scale, seen.key.dtype)
+        value = unpack(value8, value_scale, seen.value.dtype)
+        return seen._replace(
+            key=torch.cat([seen.key, key], 2), value=torch.cat([seen.value, value], 2)
+        )
 
     def raw(self, count: int) -> tuple[Columns, Origins]:
         """The oldest raw columns, filled up with empty ones to `count`."""
@@ -152,14 +169,20 @@ class SlotBuffer:
         self.live = rest
         self._hide_beyond(rest)
         if not self.num_slots:
-            self._resize(max(raw_room, rest), self._columns.key.shape[2] - self.raw_room)
+            self._resize(max(raw_room, rest), self._slot_room)
         self.add_slots(slots)
 
     def add_slots(self, slots: Columns) -> None:
         """Slots behind the others."""
         count = slots.key.shape[2]
         self.reserve(self.raw_room, self.num_slots + count)
-        _write(self._columns, self.raw_room + self.num_slots, slots)
+        at = self.raw_room + self.num_slots
+        if self._int8 is None:
+            _write(self._columns, at, slots)
+        else:
+            _write(self._columns[2:], at, slots[2:])
+            new = (*_packed(slots.key), *_packed(slots.value))
+            _write(self._int8, self.num_slots, new)
         self.num_slots += count
 
     def forget(self, remove: int) -> None:
@@ -188,10 +211,12 @@ class SlotBuffer:
         """Keep these sequences of the batch, in this order."""
         self._columns = _rows(self._columns, rows)
         self._origins = _rows(self._origins, rows)
+        if self._int8 is not None:
+            self._int8 = [t.index_select(0, rows) for t in self._int8]
 
     def reserve(self, raw: int, slots: int) -> None:
         """Make room for so many raw columns and slots in all."""
-        slot_room = self._columns.key.shape[2] - self.raw_room
+        slot_room = self._slot_room
         if raw > self.raw_room or slots > slot_room:
             self._resize(
                 self.raw_room if raw <= self.raw_room else int(raw * GROWTH),
@@ -200,7 +225,13 @@ class SlotBuffer:
 
     def bytes(self) -> int:
         """Of everything that is kept."""
-        return sum(t.numel() * t.element_size() for t in (*self._columns, *self._origins))
+        kept = (*self._columns, *self._origins, *(self._int8 or ()))
+        return sum(t.numel() * t.element_size() for t in kept)
+
+    def bytes_per_slot(self) -> int:
+        """Of one slot, all heads and sequences."""
+        kept = self._columns if self._int8 is None else (*self._int8, *self._columns[2:])
+        return sum(t[:, :, :1].numel() * t.element_size() for t in kept)
 
     def bytes_per_token(self) -> int:
         """Of one dense token: its key and value, all heads and sequences."""
@@ -208,6 +239,10 @@ class SlotBuffer:
             t.shape[0] * t.shape[1] * t.shape[3] * t.element_size()
             for t in (self._columns.key, self._columns.value)
         )
+
+    @property
+    def _slot_room(self) -> int:
+        return self._columns.bias.shape[2] - self.raw_room
 
     def _hide_beyond(self, live: int) -> None:
         self._columns.bias[:, :, live : self.raw_room] = -math.inf
@@ -219,9 +254,16 @@ class SlotBuffer:
         def empty(like: Tensor, size: int, value: float) -> Tensor:
             return like.new_full((*like.shape[:2], size, *like.shape[3:]), value)
 
-        new = Columns(*(empty(t, size, x) for t, x in zip(old, (0, 0, -math.inf, -1))))
+        sizes = (size if self._int8 is None else raw_room,) * 2 + (size,) * 2
+        new = Columns(*(empty(t, n, x) for t, n, x in zip(old, sizes, (0, 0, -math.inf, -1))))
         _write(new, 0, _cut(old, 0, self.live))
-        _write(new, raw_room, _cut(old, self.raw_room, self.raw_room + self.num_slots))
+        moved = old[2:] if self._int8 is not None else old  # columns of slots
+        slots = [t[:, :, self.raw_room : self.raw_room + self.num_slots] for t in moved]
+        _write(new[-len(moved) :], raw_room, slots)
+        if self._int8 is not None:
+            grown = [empty(t, slot_room, 0) for t in self._int8]
+            _write(grown, 0, [t[:, :, : self.num_slots] for t in self._int8])
+            self._int8 = grown
         queries = raw_room if self.keep_queries else 0
         origins = Origins(
             empty(old_origins.first, raw_room, NEVER), empty(old_origins.query, queries, 0)
@@ -234,7 +276,11 @@ def _cut(tensors: T, begin: int, end: int) -> T:
     return type(tensors)(*(t[:, :, begin:end] for t in tensors))
 
 
-def _write(target: T, at: int, new: T) -> None:
+def _packed(x: Tensor) -> tuple[Tensor, Tensor]:
+    return pack(x, torch.bfloat16)
+
+
+def _write(target: Sequence[Tensor], at: int, new: Sequence[Tensor]) -> None:
     for old, tensor in zip(target, new):
         if old.shape[2]:
             old[:, :, at : at + tensor.shape[2]] = tensor

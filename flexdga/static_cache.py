@@ -152,10 +152,10 @@ def step(
 
 
 def _whole(x: Tensor, layout: Layout) -> Tensor:
-    """(B, H, L, D) in room for a whole text."""
-    room = x.new_zeros(*x.shape[:2], layout.capacity, x.shape[3])
-    room.narrow(2, 0, x.shape[2]).copy_(x)
-    return room
+    """(B, H, L, D) in room for a whole text. Beyond it are copies of the last token, never seen."""
+    last = _as_data(torch.full((), x.shape[2] - 1, device=x.device), x)
+    place = torch.arange(layout.capacity, device=x.device)
+    return x.index_select(2, torch.minimum(place, last))
 
 
 def _write(buffer: Tensor, index: Tensor, new: Tensor) -> None:

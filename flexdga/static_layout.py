@@ -2,7 +2,7 @@
 
 It holds what `DGACache` holds in `causal` scope, so that no shape depends on the text: a token's
 place, and what a query sees, follow from the number of tokens so far alone. All rows of a batch are
-equally long texts without padding.
+equally long texts without padding. A step reads all columns of slots, those that hold none yet too.
 """
 
 from __future__ import annotations

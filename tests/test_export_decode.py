@@ -95,6 +95,25 @@ def test_prompt_and_step_generate_the_models_tokens(name, eager):
     assert length == 160
 
 
+@pytest.mark.parametrize(("name", "dynamic"), [("window", False), ("dense", True)])
+def test_the_exported_programs_generate_the_models_tokens_uncompiled(name, dynamic, eager):
+    from flexdga.packaging import _dynamic, _generation
+
+    model, prompt, shapes = llama(CONFIGS[name], layers=1), tokens(2, 90), None
+    with torch.no_grad():
+        if dynamic:
+            (prompt,), _, shapes = _dynamic((prompt,), {}, CAPACITY)
+        programs = _generation(model, prompt, shapes, CAPACITY)
+        prefill, decode = (programs[name].module() for name in ("prefill", "decode"))
+        prompt = tokens(3, 133) if dynamic else prompt
+        logits, *state = prefill(prompt)
+        out = [prompt]
+        for _ in range(40):
+            out.append(logits.argmax(-1))
+            logits = decode(out[-1], *state)
+        assert torch.equal(torch.cat(out, 1), generated(model, prompt, 40))
+
+
 def test_what_cannot_be_decoded_so_is_refused_before_work_is_lost(tmp_path):
     plain, target = flexdga.wrap(NanoGPT().eval(), CONFIGS["window"]), tmp_path / "model.pt2"
     with pytest.raises(TypeError, match="a transformers model"):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from flexdga import __version__
 
-from . import attention, decode, export, fidelity, train
+from . import attention, decode, fidelity, train
 from .errors import UsageError
 
 
@@ -32,11 +32,6 @@ COMMANDS: dict[str, Command] = {
         "time per token and cache size of a model after long prompts, dense against DGACache",
         decode.add_arguments,
         decode.run,
-    ),
-    "export": Command(
-        "a model as a package that needs torch alone: its numbers, its time, its size",
-        export.add_arguments,
-        export.run,
     ),
     "fidelity": Command(
         "what a model loses at a budget: language modelling and retrieval, method by method",

@@ -23,6 +23,7 @@ from flexdga.opening import (
     far_log_mass,
     openings,
     served,
+    surroundings,
     unit_documents,
     unit_features,
     wanted,
@@ -244,9 +245,10 @@ def _far(
     units = Units(unit_features(key, config), unit_documents(first, config))
     block = (time // rows).view(1)
     index = block * rows + torch.arange(rows, device=key.device)
+    around = surroundings(key, first, config=layout.prompt, is_causal=True).of(block)
     since = openings(
-        query.index_select(2, index), key, first, units, block.to(torch.int32),
-        config=layout.prompt, is_causal=True, packed=False, scale=scale,
+        query.index_select(2, index), around, units,
+        config=layout.prompt, is_causal=True, scale=scale,
     )  # fmt: skip
     is_open = since[:, :, 0] < NEVER
     made["open"] = filled(is_open, 2, layout.count - is_open.shape[2], False)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from flexdga import __version__
 
-from . import attention, decode, fidelity, train
+from . import attention, cuda_check, decode, fidelity, train
 from .errors import UsageError
 
 
@@ -27,6 +27,12 @@ COMMANDS: dict[str, Command] = {
         "time, work and error of one attention call against dense baselines (the default)",
         attention.add_arguments,
         attention.run,
+    ),
+    "cuda-check": Command(
+        "flexdga's kernels compiled for GPUs that need not be there: what they take, and whether "
+        "they fit",
+        cuda_check.add_arguments,
+        cuda_check.run,
     ),
     "decode": Command(
         "time per token and cache size of a model after long prompts, dense against DGACache",

@@ -77,27 +77,51 @@ def _slots_of_open_units(plan: Plan, key_block: int) -> Tensor:
 
 
 def block_mask(
-    plan: Plan, query_heads: int, block_size: tuple[int, int], *, backward: bool = False
+    plan: Plan,
+    query_heads: int,
+    block_size: tuple[int, int],
+    *,
+    backward: bool = False,
+    table_size: tuple[int, int] | None = None,
 ) -> BlockMask:
     """The mask of `plan` for `query_heads` heads, for flex_attention over the slots.
 
-    `backward` adds the transposed tables that a gradient needs.
+    Args:
+        plan: who sees what.
+        query_heads: H.
+        block_size: (query, key) tile of the plan.
+        backward: adds the transposed tables that a gradient needs.
+        table_size: multiples of `block_size` for the tables' blocks, where the kernel wants larger
+            ones; what they add is masked entry by entry.
     """
     rep = heads_per_kv_head(query_heads, plan.start.shape[1])
     blocks = visible_blocks(plan, block_size)
     if plan.open is None:
         blocks = (blocks[0].repeat_interleave(rep, 1), blocks[1].repeat_interleave(rep, 1))
+    if table_size is not None:
+        blocks = _coarser(*blocks, (table_size[0] // block_size[0], table_size[1] // block_size[1]))
     part, whole = (_as_table(t) for t in blocks)
     return BlockMask.from_kv_blocks(
         kv_num_blocks=part[0],
         kv_indices=part[1],
         full_kv_num_blocks=whole[0],
         full_kv_indices=whole[1],
-        BLOCK_SIZE=block_size,
+        BLOCK_SIZE=table_size or block_size,
         mask_mod=_mask_mod(plan, rep, block_size),
         seq_lengths=(plan.length, plan.num_slots),
         compute_q_blocks=backward,
     )
+
+
+def _coarser(part: Tensor, whole: Tensor, by: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """`visible_blocks` of blocks so many times as large; what is cut off by the end is in part."""
+
+    def gathered(blocks: Tensor) -> Tensor:
+        fill = (0, -blocks.shape[-1] % by[1], 0, -blocks.shape[-2] % by[0])
+        return F.pad(blocks, fill).unflatten(-1, (-1, by[1])).unflatten(-3, (-1, by[0]))
+
+    touched, all_of_it = gathered(part | whole).any(-1).any(-2), gathered(whole).all(-1).all(-2)
+    return touched & ~all_of_it, all_of_it
 
 
 def _mask_mod(plan: Plan, rep: int, block_size: tuple[int, int]) -> MaskMod:

@@ -17,7 +17,7 @@ from flexdga.plan import Plan, with_null_slot
 from score_mods import ScoreMod, needs_null_slot
 
 TRITON_TILE = 128
-"""The largest tile that flex_attention chooses on CUDA by itself (torch 2.13)."""
+"""The largest tile of flex_attention's own choices for its backward on CUDA (torch 2.13)."""
 
 
 def attend(
@@ -59,11 +59,19 @@ def attend(
     slots = compress(query, key, value, plan, weights=weights, mass=mass, scale=scale)
     backward = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     slot_score_mod = _slot_score_mod(score_mod, plan, slots, query.shape[1])
-    options: Any = _tiles(block_size) | (kernel_options or {})
-    if query.device.type == "cpu":
+    on_cpu = query.device.type == "cpu"
+    table_size = None
+    if backward and not on_cpu and mask is None:
+        table_size = _backward_blocks(block_size, query.dtype)
+    options: Any = dict(kernel_options or {})
+    if on_cpu:
         options |= cpu_kernel.mark(plain=slot_score_mod is None and scale > 0)
+    else:
+        options = _merged(_triton_options(table_size or block_size, query), options)
     if mask is None:
-        mask = block_mask(plan, query.shape[1], block_size, backward=backward)
+        mask = block_mask(
+            plan, query.shape[1], block_size, backward=backward, table_size=table_size
+        )
     out = flex_attention(
         query,
         slots.key,
@@ -77,19 +85,51 @@ def attend(
     return out
 
 
-def _tiles(block_size: tuple[int, int]) -> dict[str, int]:
-    """Triton's tiles, forward and backward, where its own (128 at most) would not divide blocks.
+def _triton_options(block_size: tuple[int, int], query: Tensor) -> dict[str, Any]:
+    """Tiles, warps and stages for flex_attention on CUDA, that divide the mask's blocks.
 
-    On CPU they are not looked at.
+    Its own choices (torch 2.13) are made for masks of a comparison or two. Ours gather from tables
+    for every score: with them a kernel of 128 × 128 blocks spilled 20 KB a thread, and asked for
+    more shared memory than an H100 has. These do neither; `flexdga-bench cuda-check` shows it.
     """
     rows, columns = block_size
-    if min(block_size) >= TRITON_TILE:
-        return {}
+    width = query.shape[-1] * query.element_size() // 2  # head_dim in half precision
+    m, n = (128, 64) if width <= 64 else (64, 64) if width <= 128 else (64, 32)
+    m, n = min(m, rows), min(n, columns)
+    inner = 64 if width <= 64 else 32  # the loop's tile in the backward kernel, of 64 at most
+    m2, n1 = min(64, rows), min(64, columns)
     return {
-        "BLOCK_M": min(rows, 128), "BLOCK_N": min(columns, 64),
-        "BLOCK_M1": min(rows, 32), "BLOCK_N1": min(columns, 64),
-        "BLOCK_M2": min(rows, 64), "BLOCK_N2": min(columns, 32),
+        # One kernel for all lengths: the one for less than 128 queries takes other tiles.
+        "BACKEND": "TRITON",
+        "fwd_BLOCK_M": m, "fwd_BLOCK_N": n,
+        "fwd_num_warps": 8 if m >= 64 else 4, "fwd_num_stages": 2 if m >= 64 else 3,
+        "bwd_BLOCK_M1": min(inner, rows, n1), "bwd_BLOCK_N1": n1,
+        "bwd_BLOCK_M2": m2, "bwd_BLOCK_N2": min(inner, columns, m2),
+        "bwd_num_warps": 8, "bwd_num_stages": 2,
     }  # fmt: skip
+
+
+def _merged(ours: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The caller's kernel options, and ours for what they leave open.
+
+    A name without `fwd_` or `bwd_` speaks for both. FORCE_USE_FLEX_ATTENTION is an old way to
+    choose a BACKEND, and may not come with one.
+    """
+    said = {*given, "BACKEND"} if "FORCE_USE_FLEX_ATTENTION" in given else set(given)
+    left = {k: v for k, v in ours.items() if k.removeprefix("fwd_").removeprefix("bwd_") not in said}
+    return left | given
+
+
+def _backward_blocks(block_size: tuple[int, int], dtype: torch.dtype) -> tuple[int, int] | None:
+    """Larger blocks for a mask with gradients, where Triton's backward wants them.
+
+    Its lowering (torch 2.13) drops every choice of tiles that does not divide the mask's blocks
+    before it looks at the tiles that we ask for, and is left without any: tiles of up to 128 in
+    half precision, of 16 in float32.
+    """
+    if dtype == torch.float32 or min(block_size) >= TRITON_TILE:
+        return None
+    return max(block_size[0], TRITON_TILE), max(block_size[1], TRITON_TILE)
 
 
 def _slot_score_mod(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -42,6 +41,7 @@ class Case:
         dtype: by name.
         backward: whether gradients are compiled too.
         score_mod: whether one with a parameter that wants a gradient is in it.
+        kernel_options: as `dga_attention` takes them.
     """
 
     program: Program
@@ -51,6 +51,7 @@ class Case:
     dtype: str = "bfloat16"
     backward: bool = False
     score_mod: bool = False
+    kernel_options: dict[str, Any] | None = None
 
     def __str__(self) -> str:
         parts = [self.program, self.config, f"1:{self.ratio}", f"D={self.head_dim}"]
@@ -59,20 +60,24 @@ class Case:
         return " ".join(parts)
 
 
+SHAPES = (
+    # ratio, head_dim, dtype, backward, score_mod: of any two every combination is here
+    (1, 64, "bfloat16", False, False),
+    (1, 128, "float16", True, False),
+    (3, 64, "float16", True, False),
+    (3, 128, "bfloat16", False, False),
+    (4, 64, "bfloat16", True, True),
+    (4, 128, "float16", False, True),
+)
+
+
 def all_cases() -> list[Case]:
-    """Every ratio with every head_dim, dtypes in turn, with gradients and without."""
+    """Each config with `SHAPES`, and then with its planner."""
     cases = []
     for config in CONFIGS:
-        shapes = itertools.product((1, 3, 4), (64, 128))
-        for i, (ratio, head_dim) in enumerate(shapes):
-            dtype = ("bfloat16", "float16")[(i + i // 2) % 2]
-            for backward in (False, True):
-                cases.append(Case("attend", config, ratio, head_dim, dtype, backward))
-        cases.append(Case("attend", config, backward=True, score_mod=True))
-        cases.append(Case("call", config))
-        cases.append(Case("graph", config, backward=True))
-    cases.append(Case("decode", "groups"))
-    return cases
+        cases += [Case("attend", config, *shape) for shape in SHAPES]
+        cases += [Case("call", config), Case("graph", config, backward=True)]
+    return [*cases, Case("decode", "groups")]
 
 
 def quick_cases() -> list[Case]:
@@ -93,7 +98,7 @@ def execute(case: Case) -> None:
         _decode(case, config)
         return
     query, key, value = (_tensor(case, heads, LENGTH) for heads in _heads(case))
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {"kernel_options": case.kernel_options}
     inputs = [query, key, value]
     if case.program == "attend":
         extra["plan"] = _plan(query, key, value, config)

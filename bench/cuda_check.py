@@ -54,7 +54,7 @@ class CheckReport:
             lines = [line for outcome in found for line in _lines(outcome)]
             title = f"{name} ({ARCHITECTURES[name].name}"
             title += f", {ARCHITECTURES[name].shared_memory // 1024} KiB of shared memory)"
-            parts.append(f"{title}\n{table(lines)}")
+            parts.append(f"{title}\n{table(lines)}" if lines else f"{title}: nothing")
             problems = [f"- {o.case}: {problem}" for o in found for problem in o.problems]
             if problems:
                 parts.append("\n".join([f"Problems on {name}", *map(wrap, problems)]))
@@ -156,7 +156,7 @@ def _check_architectures(text: str) -> list[str]:
 
 def _lines(outcome: Outcome) -> list[dict[str, str]]:
     parts = {"fwd": "forward", "bwd": "backward", "others": "other"}
-    lines = []
+    lines: list[dict[str, str]] = []
     for label, part in parts.items():
         kernels = [kernel for kernel in outcome.kernels if kernel.part == part]
         if not kernels:
@@ -169,9 +169,7 @@ def _lines(outcome: Outcome) -> list[dict[str, str]]:
                 "regs": str(max(kernel.registers for kernel in kernels)),
                 "spill": str(max(kernel.spill_bytes for kernel in kernels)),
                 "KiB": number(max(kernel.shared_bytes for kernel in kernels) / 1024),
-                "warps": str(max(kernel.num_warps for kernel in kernels)),
-                "s": "" if lines else f"{outcome.seconds:.0f}",
             }
         )
-    empty = dict.fromkeys(("kernel", "regs", "spill", "KiB", "warps", "s"), "")
+    empty = dict.fromkeys(("kernel", "regs", "spill", "KiB"), "")
     return lines or [{"case": outcome.case} | empty]

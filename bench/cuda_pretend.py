@@ -1,4 +1,4 @@
-"""A process without a GPU that compiles for one: tensors without data on a device that is not there.
+"""A process that compiles for a GPU that is not there: tensors of its device have no data.
 
 Everything below is global to the process and touches private names of torch 2.13 and triton 3.7:
 one process for each architecture, started by `cuda_check.py`, and none of a user's own.
@@ -176,6 +176,7 @@ def _compile_without_running(on_kernel: Callable[[Any], None]) -> None:
     ) -> None:
         if reload_kernel is not None:
             self._reload_kernel = reload_kernel
+        self.configs = self.configs[:1]  # of block sizes among which a GPU's clock would choose
         self._precompile_worker()
         on_kernel(self)
 
@@ -210,14 +211,16 @@ def _fold_constants_on_cpu() -> None:
             named = {key: here(value) for key, value in (kwargs or {}).items()}
             return function(*map(here, args), **named)
 
-    folder: Any = joint_graph.UniformValueConstantFolder
-    for name in ("_deduce_value", "_add_peephole_patterns"):
-
-        def on_cpu(*args: Any, stock: Any = getattr(folder, name), **kwargs: Any) -> Any:
+    def on_cpu(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
             with OnCPU():
                 return stock(*args, **kwargs)
 
-        setattr(folder, name, on_cpu)
+        return run
+
+    folder: Any = joint_graph.UniformValueConstantFolder
+    for name in ("_deduce_value", "_add_peephole_patterns"):
+        setattr(folder, name, on_cpu(getattr(folder, name)))
 
 
 def _answer(value: Any) -> Callable[..., Any]:

@@ -46,7 +46,7 @@ class Outcome:
 
     Attributes:
         case: what `str` makes of the case.
-        kernels: all that were compiled to cubin for it.
+        kernels: all that were compiled to cubin for it, once each.
         calls: what ATen (cuBLAS among it) computes beside them.
         problems: what is wrong; nothing, if all is well.
         seconds: it took.
@@ -132,8 +132,10 @@ def _problems(recorder: _Recorder, attention: bool, backward: bool) -> list[str]
 
 def _calls(code: list[str]) -> list[str]:
     """ATen's operators in the code that launches kernels."""
-    body = "\n".join(code)
-    found = re.findall(r"(?:extern_kernels|torch\.ops\.aten)\.(\w+)", body)
+    lines = [
+        line for text in code for line in text.splitlines() if not line.lstrip().startswith("#")
+    ]
+    found = re.findall(r"(?:extern_kernels|torch\.ops\.aten)\.(\w+)[\w.]*\(", "\n".join(lines))
     return sorted(set(found))
 
 
@@ -162,9 +164,7 @@ def main(argv: list[str]) -> int:
         else:
             problems += _problems(recorder, case.program != "decode", case.backward)
         seconds = time.perf_counter() - begin
-        outcome = Outcome(
-            str(case), recorder.kernels, _calls(recorder.code), problems, seconds
-        )
+        outcome = Outcome(str(case), recorder.kernels, _calls(recorder.code), problems, seconds)
         print(json.dumps(dataclasses.asdict(outcome)), flush=True)
     return 0
 

@@ -116,7 +116,9 @@ def _merged(ours: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     choose a BACKEND, and may not come with one.
     """
     said = {*given, "BACKEND"} if "FORCE_USE_FLEX_ATTENTION" in given else set(given)
-    left = {k: v for k, v in ours.items() if k.removeprefix("fwd_").removeprefix("bwd_") not in said}
+    left = {
+        k: v for k, v in ours.items() if k.removeprefix("fwd_").removeprefix("bwd_") not in said
+    }
     return left | given
 
 

@@ -1,0 +1,140 @@
+"""flexdga on CUDA, seen from a machine without a GPU: what lowers, what fits, what comes out.
+
+Each architecture, and the interpreter, have a process of their own: pretending is global.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+from flexdga_bench import cuda_check
+from flexdga_bench.cli import main
+from flexdga_bench.cuda_cases import Case, all_cases
+from flexdga_bench.cuda_pretend import ARCHITECTURES, build_shim, why_not
+from flexdga_bench.cuda_worker import Kernel, Outcome
+
+REASON = why_not()
+needs_triton = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+SPILL = 512
+"""Bytes of spills that a kernel of flex_attention may have: the largest seen is 348 (compiled from
+the same source they are the same each time), one gone wrong has ten thousand."""
+TOLERANCE = 3e-3
+"""Relative error of float16 against the float64 oracle: pooled keys, weights and probabilities are
+rounded to 2^-11, about 5e-4 each; the largest seen is a third of this."""
+
+
+def well(outcome: Outcome) -> None:
+    assert outcome.problems == []
+    assert all(kernel.fits for kernel in outcome.kernels)
+    for kernel in outcome.kernels:
+        assert kernel.spill_bytes <= SPILL, kernel
+
+
+@needs_triton
+def test_compiles_for_h100():
+    """The default config, forward with 1:3 heads and with gradients."""
+    cases = [Case("attend", "opens", ratio=3, backward=True)]
+    for outcome in cuda_check.check("sm_90", cases):
+        well(outcome)
+        assert {kernel.part for kernel in outcome.kernels} == {"forward", "backward", "other"}
+        tiles = [k for k in outcome.kernels if k.part != "other"]
+        assert all(0 < k.registers <= 255 and k.shared_bytes > 10_000 for k in tiles)
+
+
+@pytest.mark.slow
+@needs_triton
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_everything_compiles(architecture):
+    cases = all_cases()
+    found = list(cuda_check.check(architecture, cases))
+    assert [outcome.case for outcome in found] == [str(case) for case in cases]
+    for outcome in found:
+        well(outcome)
+
+
+@pytest.mark.slow
+@needs_triton
+def test_what_does_not_fit_is_said():
+    """128 × 128 tiles take more shared memory than an A100 has."""
+    options = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 128, "fwd_num_stages": 3, "fwd_num_warps": 4}
+    case = Case("attend", "opens", head_dim=128, backward=True, kernel_options=options)
+    (outcome,) = cuda_check.check("sm_80", [case])
+    assert any("bytes of shared memory" in problem for problem in outcome.problems)
+
+
+@cache
+def interpreted(direction: str) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(__file__).with_name("interpreted.py")
+        command = [sys.executable, script, build_shim(folder), direction]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+DIRECTIONS = ["forward", pytest.param("backward", marks=pytest.mark.slow)]
+
+
+@needs_triton
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_numbers_equal_the_oracle(direction):
+    found = interpreted(direction)
+    assert any("flex_attention" in name for name in found["launched"])
+    assert ("slope" in found["errors"]["right"]) == (direction == "backward")
+    for name, error in found["errors"]["right"].items():
+        assert error < TOLERANCE, name
+
+
+@needs_triton
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("wrong", ["late", "shut"])
+def test_a_mask_that_is_off_by_one_shows(direction, wrong):
+    """The control: against an oracle one query off, the same output fails."""
+    for name, error in interpreted(direction)["errors"][wrong].items():
+        assert error > 3 * TOLERANCE, name
+
+
+def test_without_triton_it_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["cuda-check", "--quick"]) == 2
+    said = capsys.readouterr().err
+    assert "cuda-check: error: triton is not installed" in said and "flexdga[cuda-check]" in said
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        (["--arch", "sm_70"], "expected some of sm_80"),
+        (["--json", "no/such/folder/x.json"], "does not exist"),
+    ],
+)
+def test_wrong_options(extra, says, capsys):
+    assert main(["cuda-check", *extra]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_the_report_holds_in_80_columns():
+    kernel = Kernel("triton_tem_fused_flex_attention_1", "forward", 255, 24, 117760, True, 8, 2)
+    other = Kernel("triton_poi_fused_add_0", "other", 12, 0, 0, True, 4, 1)
+    problem = ["too large: " + "x " * 60]
+    found = [
+        Outcome(str(case), [kernel, other], ["bmm"], problem * case.backward, 123.0)
+        for case in all_cases()
+    ]
+    report = cuda_check.CheckReport({"versions": "v"}, {"sm_80": found, "sm_100": []})
+    shown = report.text()
+    assert [line for line in shown.splitlines() if len(line) > 80] == []
+    for word in ("sm_80 (A100", "Problems on sm_80", "attend opens 1:3 D=128 bf16", "115"):
+        assert word in shown
+    assert report.failed and "cases have problems" in shown
+    well = [outcome for outcome in found if not outcome.problems]
+    report = cuda_check.CheckReport({}, {"sm_80": well})
+    assert not report.failed
+    assert f"All {len(well)} cases lower fully" in report.text()

@@ -100,28 +100,31 @@ def run(arguments: argparse.Namespace) -> int:
         cases = [case for case in cases if arguments.only in str(case)]
         if not cases:
             raise UsageError(f"--only {arguments.only}: no case has that in its name")
-    outcomes: dict[str, list[Outcome]] = {}
-    with Stages(len(names) * len(cases)) as stages:
-        for name in names:
-            outcomes[name] = []
-            stages.begin(f"{name}: {cases[0]}")
-            for i, outcome in enumerate(check(name, cases), 1):
-                outcomes[name].append(outcome)
-                stages.end()
-                if i < len(cases):
-                    stages.begin(f"{name}: {cases[i]}")
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in names}
+    wall = "wall time"
+    try:
+        with Stages(len(names) * len(cases)) as stages:
+            for name in names:
+                stages.begin(f"{name}: {cases[0]}")
+                for i, outcome in enumerate(check(name, cases), 1):
+                    outcomes[name].append(outcome)
+                    stages.end()
+                    if i < len(cases):
+                        stages.begin(f"{name}: {cases[i]}")
+    except KeyboardInterrupt:  # what took minutes is not thrown away
+        wall = "stopped after"
     report = CheckReport(
         {
             "versions": f"{hardware.versions()}, triton {version('triton')}",
             "shapes": "B=1, Hkv=2, L=2048",
-            "wall time": f"{time.perf_counter() - begin:.0f} s",
+            wall: f"{time.perf_counter() - begin:.0f} s",
         },
         outcomes,
     )
     print(report.text(), file=sys.stderr if arguments.json == "-" else sys.stdout)
     if arguments.json is not None:
         write_json(report, arguments.json)
-    return int(report.failed)
+    return 130 if wall == "stopped after" else int(report.failed)
 
 
 def check(architecture: str, cases: Sequence[Case]) -> Iterator[Outcome]:
@@ -136,11 +139,15 @@ def check(architecture: str, cases: Sequence[Case]) -> Iterator[Outcome]:
         command = [sys.executable, "-m", module, build_shim(folder), architecture, wanted]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as worker:
             assert worker.stdout is not None
-            for line in worker.stdout:
-                if line.startswith("{"):
-                    fields = json.loads(line)
-                    kernels = [Kernel(**kernel) for kernel in fields.pop("kernels")]
-                    yield Outcome(kernels=kernels, **fields)
+            try:
+                for line in worker.stdout:
+                    if line.startswith("{"):
+                        fields = json.loads(line)
+                        kernels = [Kernel(**kernel) for kernel in fields.pop("kernels")]
+                        yield Outcome(kernels=kernels, **fields)
+            except BaseException:  # nobody listens any more
+                worker.kill()
+                raise
         if worker.returncode:
             errors.seek(0)
             raise RuntimeError(f"compiling for {architecture} broke down:\n{errors.read()[-2000:]}")

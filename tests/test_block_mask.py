@@ -53,3 +53,43 @@ def test_tables_list_the_blocks_of_every_query_head():
             for row in range(count.shape[2]):
                 listed = index[0, h, row, : count[0, h, row]].tolist()
                 assert listed == blocks[0, h // 3, row].nonzero()[:, 0].tolist()
+
+
+@given(planner=planners, opener=st.one_of(st.just({}), openers), layout=layouts)
+def test_larger_blocks_of_tables_hold_what_the_plan_shows(planner, opener, layout):
+    """As CUDA's backward wants them: 150 tokens are no multiple of 64."""
+    config = small(**(planner | opener))
+    arguments, _ = layout_arguments(layout, 2, 150)
+    plan = make_plan(*qkv(batch=2, heads=4, length=150), config=config, **arguments)
+    made = block_mask(plan, 4, config.block_size, backward=True, table_size=(64, 32))
+    part, whole = (
+        torch.zeros(index.shape, dtype=torch.bool).scatter(
+            -1, index.long(), torch.arange(index.shape[-1]) < count[..., None]
+        )
+        for count, index in (
+            (made.kv_num_blocks, made.kv_indices),
+            (made.full_kv_num_blocks, made.full_kv_indices),
+        )
+    )
+    seen = plan.visible(torch.arange(plan.length))
+    seen = seen.repeat_interleave(4 // seen.shape[1], 1)
+    fill = (0, -plan.num_slots % 32, 0, -plan.length % 64)
+    tiles = torch.nn.functional.pad(seen, fill).unflatten(-1, (-1, 32)).unflatten(-3, (-1, 64))
+    assert made.BLOCK_SIZE == (64, 32)
+    assert not (part & whole).any()
+    assert not (tiles.any(-1).any(-2) & ~(part | whole)).any()
+    assert not (whole & ~tiles.all(-1).all(-2)).any()
+    small_ones = visible_blocks(plan, config.block_size)[1]
+    small_ones = small_ones.repeat_interleave(4 // small_ones.shape[1], 1)
+    rows, columns = (n // s for n, s in zip((64, 32), config.block_size))
+    for b, h, i, j in whole.nonzero().tolist():
+        block = small_ones[b, h, i * rows : (i + 1) * rows, j * columns : (j + 1) * columns]
+        assert block.shape == (rows, columns) and block.all()
+    assert (
+        whole.sum()
+        == sum(  # and none is missed
+            small_ones[..., i : i + rows, j : j + columns].all(-1).all(-1).sum()
+            for i in range(0, small_ones.shape[-2] // rows * rows, rows)
+            for j in range(0, small_ones.shape[-1] // columns * columns, columns)
+        )
+    )

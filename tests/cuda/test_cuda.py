@@ -11,14 +11,18 @@ import subprocess
 import sys
 import tempfile
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 from flexdga_bench import cuda_check
 from flexdga_bench.cli import main
 from flexdga_bench.cuda_cases import Case, all_cases
 from flexdga_bench.cuda_pretend import ARCHITECTURES, build_shim, why_not
 from flexdga_bench.cuda_worker import Kernel, Outcome
+
+from flexdga import kernel
 
 REASON = why_not()
 needs_triton = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -32,9 +36,8 @@ rounded to 2^-11, about 5e-4 each; the largest seen is a third of this."""
 
 def well(outcome: Outcome) -> None:
     assert outcome.problems == []
-    assert all(kernel.fits for kernel in outcome.kernels)
-    for kernel in outcome.kernels:
-        assert kernel.spill_bytes <= SPILL, kernel
+    for made in outcome.kernels:
+        assert made.fits and made.spill_bytes <= SPILL, made
 
 
 @needs_triton
@@ -43,7 +46,7 @@ def test_compiles_for_h100():
     cases = [Case("attend", "opens", ratio=3, backward=True)]
     for outcome in cuda_check.check("sm_90", cases):
         well(outcome)
-        assert {kernel.part for kernel in outcome.kernels} == {"forward", "backward", "other"}
+        assert {made.part for made in outcome.kernels} == {"forward", "backward", "other"}
         tiles = [k for k in outcome.kernels if k.part != "other"]
         assert all(0 < k.registers <= 255 and k.shared_bytes > 10_000 for k in tiles)
 
@@ -101,6 +104,37 @@ def test_a_mask_that_is_off_by_one_shows(direction, wrong):
         assert error > 3 * TOLERANCE, name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize("block_size", list(product((16, 32, 64, 128, 512), repeat=2)))
+def test_tiles_divide_the_blocks_of_the_mask(block_size, head_dim, dtype):
+    """What flex_attention's two templates assert of their tiles."""
+    query = torch.empty(1, 1, 1, head_dim, dtype=dtype)
+    tables = kernel._backward_blocks(block_size, dtype) or block_size
+    assert all(size % small == 0 for size, small in zip(tables, block_size))
+    if dtype != torch.float32:  # whose own choices are of 16
+        assert min(tables) >= 128
+    for rows, columns in (block_size, tables):
+        tiles = kernel._triton_options((rows, columns), query)
+        assert all(n >= 16 for name, n in tiles.items() if "BLOCK_" in name)
+        for name in ("fwd_BLOCK_M", "bwd_BLOCK_M1", "bwd_BLOCK_M2"):
+            assert rows % tiles[name] == 0
+        for name in ("fwd_BLOCK_N", "bwd_BLOCK_N1", "bwd_BLOCK_N2"):
+            assert columns % tiles[name] == 0
+        assert tiles["bwd_BLOCK_N1"] % tiles["bwd_BLOCK_M1"] == 0
+        assert tiles["bwd_BLOCK_M2"] % tiles["bwd_BLOCK_N2"] == 0
+
+
+def test_callers_options_go_first():
+    ours = kernel._triton_options((128, 128), torch.empty(1, 1, 1, 64))
+    both = kernel._merged(ours, {"num_warps": 2, "fwd_BLOCK_M": 16, "BLOCK_N1": 32})
+    assert both["num_warps"] == 2 and "fwd_num_warps" not in both and "bwd_num_warps" not in both
+    assert both["fwd_BLOCK_M"] == 16 and both["BLOCK_N1"] == 32 and "bwd_BLOCK_N1" not in both
+    assert both["fwd_BLOCK_N"] == ours["fwd_BLOCK_N"] and both["BACKEND"] == "TRITON"
+    assert kernel._merged(ours, {"BACKEND": "AUTO"})["BACKEND"] == "AUTO"
+    assert "BACKEND" not in kernel._merged(ours, {"FORCE_USE_FLEX_ATTENTION": True})
+
+
 def test_without_triton_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["cuda-check", "--quick"]) == 2
@@ -121,11 +155,11 @@ def test_wrong_options(extra, says, capsys):
 
 
 def test_the_report_holds_in_80_columns():
-    kernel = Kernel("triton_tem_fused_flex_attention_1", "forward", 255, 24, 117760, True, 8, 2)
+    flex = Kernel("triton_tem_fused_flex_attention_1", "forward", 255, 24, 117760, True, 8, 2)
     other = Kernel("triton_poi_fused_add_0", "other", 12, 0, 0, True, 4, 1)
     problem = ["too large: " + "x " * 60]
     found = [
-        Outcome(str(case), [kernel, other], ["bmm"], problem * case.backward, 123.0)
+        Outcome(str(case), [flex, other], ["bmm"], problem * case.backward, 123.0)
         for case in all_cases()
     ]
     report = cuda_check.CheckReport({"versions": "v"}, {"sm_80": found, "sm_100": []})

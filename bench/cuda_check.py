@@ -65,6 +65,8 @@ class CheckReport:
             f"{bad} of {count} cases have problems."
             if bad
             else f"All {count} cases lower fully, compile to cubin, and fit."
+            if count
+            else "Nothing was compiled."
         )
         return "\n\n".join(parts)
 

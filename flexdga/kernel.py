@@ -90,7 +90,7 @@ def _triton_options(block_size: tuple[int, int], query: Tensor) -> dict[str, Any
 
     Its own choices (torch 2.13) are made for masks of a comparison or two. Ours gather from tables
     for every score: with them a kernel of 128 × 128 blocks spilled 20 KB a thread, and asked for
-    more shared memory than an H100 has. These do neither; `flexdga-bench cuda-check` shows it.
+    more shared memory than an H100 has. These fit, and spill little (bench/RESULTS.md).
     """
     rows, columns = block_size
     width = query.shape[-1] * query.element_size() // 2  # head_dim in half precision

@@ -63,9 +63,9 @@ def test_larger_blocks_of_tables_hold_what_the_plan_shows(planner, opener, layou
     plan = make_plan(*qkv(batch=2, heads=4, length=150), config=config, **arguments)
     made = block_mask(plan, 4, config.block_size, backward=True, table_size=(64, 32))
     part, whole = (
-        torch.zeros(index.shape, dtype=torch.bool).scatter(
-            -1, index.long(), torch.arange(index.shape[-1]) < count[..., None]
-        )
+        (index[..., None, :] == torch.arange(index.shape[-1])[:, None])
+        .logical_and((torch.arange(index.shape[-1]) < count[..., None])[..., None, :])
+        .any(-1)
         for count, index in (
             (made.kv_num_blocks, made.kv_indices),
             (made.full_kv_num_blocks, made.full_kv_indices),

@@ -27,17 +27,19 @@ from flexdga import kernel
 REASON = why_not()
 needs_triton = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 SPILL = 512
-"""Bytes of spills that a kernel of flex_attention may have: the largest seen is 348 (compiled from
-the same source they are the same each time), one gone wrong has ten thousand."""
+"""Bytes of spills that a kernel of flex_attention may have: the largest seen is 212, of tiles that
+are too large tens of thousands."""
 TOLERANCE = 3e-3
 """Relative error of float16 against the float64 oracle: pooled keys, weights and probabilities are
-rounded to 2^-11, about 5e-4 each; the largest seen is a third of this."""
+rounded to 2^-11, about 5e-4, each. Seen forward: 2.5e-4; with a mask off by one, 2e-2."""
 
 
 def well(outcome: Outcome) -> None:
     assert outcome.problems == []
     for made in outcome.kernels:
-        assert made.fits and made.spill_bytes <= SPILL, made
+        assert made.fits, made
+        if made.part != "other":
+            assert made.spill_bytes <= SPILL, made
 
 
 @needs_triton

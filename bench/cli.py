@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from flexdga import __version__
 
-from . import attention, cuda_check, decode, fidelity, train
+from . import attention, cuda_check, decode, fidelity, parallel, train
 from .errors import UsageError
 
 
@@ -43,6 +43,11 @@ COMMANDS: dict[str, Command] = {
         "what a model loses at a budget: language modelling and retrieval, method by method",
         fidelity.add_arguments,
         fidelity.run,
+    ),
+    "parallel": Command(
+        "bytes, time and memory of attention over a sharded sequence, and a cost model of them",
+        parallel.add_arguments,
+        parallel.run,
     ),
     "train": Command(
         "time and memory of one attention call forward and backward, DGA against SDPA",

@@ -19,7 +19,7 @@ from flexdga.checks import check_inputs, check_plan
 from flexdga.config import DGAConfig, as_constant
 from flexdga.cpu_backward import attend_on_cpu, plan_alone, wants_gradient
 from flexdga.indexing import filled
-from flexdga.kernel import attend
+from flexdga.kernel import attend, attend_slots
 from flexdga.opening import open_table, openings
 from flexdga.plan import NEVER, Documents, Plan
 from flexdga.planner import dense_plan, documents, plan_attention
@@ -254,7 +254,7 @@ _compiled: dict[Callable[..., Any], Callable[..., Any]] = {
         isolate_recompiles=True,
         recompile_limit=RECOMPILE_LIMIT,
     )
-    for function in (plan_attention, openings, attend)
+    for function in (plan_attention, openings, attend, attend_slots)
 }
 
 

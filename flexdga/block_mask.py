@@ -15,12 +15,15 @@ from flexdga.plan import NEVER, Plan
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def visible_blocks(plan: Plan, block_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def visible_blocks(
+    plan: Plan, block_size: tuple[int, int], queries: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Which key blocks the query blocks touch, and which of them they see whole.
 
     Args:
         plan: the intervals, and what is open.
         block_size: (query, key) tile.
+        queries: how many there are; None = as many as raw tokens.
 
     Returns:
         Two (B, Hkv, query blocks, key blocks) bool, or (B, H, ...) with openings: touched in
@@ -32,7 +35,8 @@ def visible_blocks(plan: Plan, block_size: tuple[int, int]) -> tuple[Tensor, Ten
     end = F.pad(plan.end, pad).unflatten(-1, (-1, key_block))
     earliest, latest_start = (t[..., None, :] for t in (start.amin(-1), start.amax(-1)))
     earliest_end, latest_end = (t[..., None, :] for t in (end.amin(-1), end.amax(-1)))
-    rows = plan.length // query_block
+    queries = plan.length if queries is None else queries
+    rows = queries // query_block
     q0 = torch.arange(rows, dtype=torch.int32, device=start.device)[:, None] * query_block
     q1 = q0 + query_block - 1
     touched = (q1 >= earliest) & (q0 < latest_end)
@@ -45,7 +49,7 @@ def visible_blocks(plan: Plan, block_size: tuple[int, int]) -> tuple[Tensor, Ten
             whole = whole & ~F.pad(hidden, (plan.length // key_block - 1, 0))
         opened = F.pad(plan.open, (0, touched.shape[-1] - plan.open.shape[-1]), value=NEVER)
         touched = touched | (opened < NEVER)
-        own = plan.start[:, :, : plan.length].unflatten(-1, (-1, query_block)).amax(-1) < NEVER
+        own = plan.start[:, :, :queries].unflatten(-1, (-1, query_block)).amax(-1) < NEVER
         real = own.repeat_interleave(rep, 1)[..., None]  # no padding among the queries
         whole = whole | ((opened <= q0) & real)
     return touched & ~whole, whole
@@ -83,6 +87,7 @@ def block_mask(
     *,
     backward: bool = False,
     table_size: tuple[int, int] | None = None,
+    queries: int | None = None,
 ) -> BlockMask:
     """The mask of `plan` for `query_heads` heads, for flex_attention over the slots.
 
@@ -93,9 +98,10 @@ def block_mask(
         backward: adds the transposed tables that a gradient needs.
         table_size: multiples of `block_size` for the tables' blocks, where the kernel wants larger
             ones; what they add is masked entry by entry.
+        queries: how many there are, where the first raw tokens alone have one.
     """
     rep = heads_per_kv_head(query_heads, plan.start.shape[1])
-    blocks = visible_blocks(plan, block_size)
+    blocks = visible_blocks(plan, block_size, queries)
     if plan.open is None:
         blocks = (blocks[0].repeat_interleave(rep, 1), blocks[1].repeat_interleave(rep, 1))
     if table_size is not None:
@@ -108,7 +114,7 @@ def block_mask(
         full_kv_indices=whole[1],
         BLOCK_SIZE=table_size or block_size,
         mask_mod=_mask_mod(plan, rep, block_size),
-        seq_lengths=(plan.length, plan.num_slots),
+        seq_lengths=(plan.length if queries is None else queries, plan.num_slots),
         compute_q_blocks=backward,
     )
 

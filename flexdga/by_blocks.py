@@ -124,10 +124,26 @@ class _Rows:
 
 
 class Pass:
-    """One call by blocks, forward or backward. Sections: raw tokens, and all other slots."""
+    """One call by blocks, forward or backward. Sections: raw tokens, and all other slots.
+
+    Args:
+        query: (B, H, Q, D), of all raw tokens, or of the first Q where slots are `given`.
+        key: (B, Hkv, L, D).
+        value: (B, Hkv, L, Dv).
+        plan: of L raw tokens.
+        choices: of the call.
+        given: keys, values and bias (B, Hkv, S - L, ·) of the other slots, leaves of autograd's
+            that the backward pass gives their gradients; None = pooled by the plan.
+    """
 
     def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, plan: Plan, choices: Choices
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: Plan,
+        choices: Choices,
+        given: list[Tensor] | None = None,
     ) -> None:
         if needs_null_slot(choices.score_mod):
             plan = with_null_slot(plan)
@@ -135,31 +151,38 @@ class Pass:
         self.wide = torch.promote_types(query.dtype, torch.float32)
         self.shape = (*query.shape[:3], value.shape[-1])
         self.rows = _Rows([query, key, value])
-        with torch.enable_grad():
-            pooled = pool(
-                query, key, value, plan.focal, plan.members, plan.member_score,
-                weights=choices.weights, mass=choices.mass, scale=choices.scale,
-                take=self.rows.take,
-            )  # fmt: skip
-            self.made = [
-                torch.cat([pooled.focal_key, pooled.group_key], 2),
-                torch.cat([pooled.focal_value, pooled.group_value], 2),
-            ]
-            if pooled.entropy is not None:
-                bias = F.pad(pooled.entropy, (plan.focal.shape[-1], 0))
-                self.made.append(bias[..., None].to(self.wide))
+        self.made = self._pooled(query, key, value) if given is None else given
         rows, size = choices.block_size
         self.query = _blocks(query, rows)
         made = [_blocks(t.detach(), size) for t in self.made]
         self.keys, self.values = (_blocks(key, size), made[0]), (_blocks(value, size), made[1])
         self.bias = made[2] if len(made) > 2 else None
         self.counts = [k.shape[0] // plan.start.shape[:2].numel() for k in self.keys]
-        own = plan.start[..., : plan.length].repeat_interleave(query.shape[1] // key.shape[1], 1)
+        self.queries = query.shape[2]
+        own = plan.start[..., : self.queries].repeat_interleave(query.shape[1] // key.shape[1], 1)
         self.own = own.reshape(-1, rows)  # when the queries' own raw slots start
         self.start, self.end, self.position = (
             [_blocks(part[..., None], size, fill) for part in _sections(t, plan.length)]
             for t, fill in ((plan.start, NEVER), (plan.end, 0), (plan.position, -1))
         )
+
+    def _pooled(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """Keys, values and perhaps bias of focal copies and groups, with autograd's graph."""
+        plan, choices = self.plan, self.choices
+        with torch.enable_grad():
+            pooled = pool(
+                query, key, value, plan.focal, plan.members, plan.member_score,
+                weights=choices.weights, mass=choices.mass, scale=choices.scale,
+                take=self.rows.take,
+            )  # fmt: skip
+            made = [
+                torch.cat([pooled.focal_key, pooled.group_key], 2),
+                torch.cat([pooled.focal_value, pooled.group_value], 2),
+            ]
+            if pooled.entropy is not None:
+                bias = F.pad(pooled.entropy, (plan.focal.shape[-1], 0))
+                made.append(bias[..., None].to(self.wide))
+        return made
 
     def forward(self) -> Tensor:
         """The output, (B, H, L, Dv)."""
@@ -224,7 +247,7 @@ class Pass:
     def _visible(self) -> Iterator[_Blocks]:
         """All query blocks that see anything, those that see equally many key blocks together."""
         rows, size = self.choices.block_size
-        part, whole = visible_blocks(self.plan, (rows, size))
+        part, whole = visible_blocks(self.plan, (rows, size), self.queries)
         table = part | whole
         table = table.repeat_interleave(self.heads // table.shape[1], 1)
         per_head, rep = table.shape[2], self.heads // self.plan.start.shape[1]
@@ -273,7 +296,7 @@ class Pass:
 
     def _modified(self, score: Tensor, mod: ScoreMod, blocks: _Blocks) -> Tensor:
         """The user's score mod over (n, I, S) scores, at the slots' positions."""
-        head = blocks.row // (self.plan.length // self.choices.block_size[0])
+        head = blocks.row // (self.queries // self.choices.block_size[0])
         place = [_taken(t, i, len(head)) for t, i in zip(self.position, blocks.places)]
         b, h = (t.int()[:, None, None] for t in (head // self.heads, head % self.heads))
         at = (b, h, blocks.query[..., None], torch.cat(place, 1).mT)
@@ -306,7 +329,7 @@ class Pass:
 
     def _of_rows(self, x: Tensor, row: Tensor) -> Tensor:
         """The query blocks (n, I, D) of (B, H, L, D), whatever its strides."""
-        per_head = self.plan.length // self.choices.block_size[0]
+        per_head = self.queries // self.choices.block_size[0]
         head = row // per_head
         blocks = x.unflatten(2, (per_head, -1))
         return blocks[head // self.heads, head % self.heads, row % per_head]

@@ -71,13 +71,18 @@ def check_inputs(
     if document_ids is not None and lengths is not None:
         raise ValueError("lengths: expected either document_ids or lengths, got both")
     if document_ids is not None:
-        _check_integers("document_ids", document_ids, (batch, length))
-        if not torch.compiler.is_compiling():
-            _check_order(document_ids)
+        check_documents(document_ids, (batch, length))
     if lengths is not None:
         _check_integers("lengths", lengths, (batch,))
         if not torch.compiler.is_compiling() and ((lengths < 0) | (lengths > length)).any():
             raise ValueError(f"lengths: expected 0 to {length}, got {lengths.tolist()}")
+
+
+def check_documents(document_ids: Tensor, shape: tuple[int, int]) -> None:
+    """Raise if these are no document ids of a (B, L) batch."""
+    _check_integers("document_ids", document_ids, shape)
+    if not torch.compiler.is_compiling():
+        _check_order(document_ids)
 
 
 def check_plan(

@@ -48,10 +48,12 @@ class Settings:
     def __init__(self, config: DGAConfig, row: LayerReport) -> None:
         self.config, self.row = config, row
         self.mods: dict[tuple[Any, ...], ScoreMod | None] = {}
+        # Attention over shards (`parallel`), if the model's last forward pass was of one.
+        self.sharded: Callable[[Tensor, Tensor, Tensor, float | None], Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied model has sinks of its own, and functions cannot be pickled."""
-        return self.__dict__ | {"mods": {}}
+        return self.__dict__ | {"mods": {}, "sharded": None}
 
 
 def settings_of(module: nn.Module) -> Settings:
@@ -106,6 +108,8 @@ def attention(
     own = settings_of(module)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     layer = layer_of(key)
+    if own.sharded is not None:
+        return _over_shards(own, query, key, value, dropout, scaling, softcap, s_aux, position_bias)
     if layer is None and attention_mask is None and causal and 1 < query.shape[2] < key.shape[2]:
         # Without a mask, keys beyond the queries are the room of a static cache that was empty.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
@@ -145,6 +149,35 @@ def attention(
     if not torch.compiler.is_compiling():
         _count(own, key.shape[2], layer)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _over_shards(
+    own: Settings,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout: float,
+    scaling: float | None,
+    *others: Any,
+) -> tuple[Tensor, None]:
+    if dropout or any(other is not None for other in others):
+        raise NotImplementedError(
+            "mesh: attention over shards has no dropout, soft cap, attention sinks or position "
+            "bias; expected a model without them"
+        )
+    assert own.sharded is not None
+    out = own.sharded(query, key, value, scaling)
+    own.row.replaced += own.row.wrapped
+    own.row.passed += not own.row.wrapped
+    return out.transpose(1, 2).contiguous(), None
+
+
+def sharded_masks(on: bool) -> None:
+    """While a forward pass runs over shards, which know their documents, there are no masks."""
+    _sharded[0] = on
+
+
+_sharded = [False]
 
 
 def _count(own: Settings, length: int, layer: DGALayer | None) -> None:
@@ -236,6 +269,8 @@ def mask(
         )  # fmt: skip
         return made
 
+    if _sharded[0]:
+        return None
     skip = SKIPS.get(mask_function, "")
     if local_size is not None or q_length != kv_length or not kwargs.get(skip, True):
         return exact()

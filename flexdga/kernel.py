@@ -57,9 +57,42 @@ def attend(
     if needs_null_slot(score_mod):
         plan = with_null_slot(plan)
     slots = compress(query, key, value, plan, weights=weights, mass=mass, scale=scale)
-    backward = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    return attend_slots(
+        query, slots, plan, block_size=block_size, scale=scale, score_mod=score_mod,
+        kernel_options=kernel_options, mask=mask,
+    )  # fmt: skip
+
+
+def attend_slots(
+    query: Tensor,
+    slots: Slots,
+    plan: Plan,
+    *,
+    block_size: tuple[int, int],
+    scale: float,
+    score_mod: ScoreMod | None,
+    kernel_options: dict[str, Any] | None,
+    mask: BlockMask | None = None,
+) -> Tensor:
+    """`attend` to slots that are made already.
+
+    Args:
+        query: (B, H, Q, D), Q in whole steps of the plan: of its first Q raw tokens.
+        slots: of the plan.
+        plan: which queries see them.
+        block_size: (query, key) tile of the kernel.
+        scale: of the scores.
+        score_mod: the user's, of positions as the plan has them.
+        kernel_options: for flex_attention.
+        mask: `block_mask` of this plan, where it is made already.
+
+    Returns:
+        (B, H, Q, Dv).
+    """
     slot_score_mod = _slot_score_mod(score_mod, plan, slots, query.shape[1])
     on_cpu = query.device.type == "cpu"
+    wanted = (query, slots.key, slots.value)
+    backward = torch.is_grad_enabled() and any(t.requires_grad for t in wanted)
     table_size = None
     if backward and not on_cpu and mask is None:
         table_size = _backward_blocks(block_size, query.dtype)
@@ -70,7 +103,12 @@ def attend(
         options = _merged(_triton_options(table_size or block_size, query), options)
     if mask is None:
         mask = block_mask(
-            plan, query.shape[1], block_size, backward=backward, table_size=table_size
+            plan,
+            query.shape[1],
+            block_size,
+            backward=backward,
+            table_size=table_size,
+            queries=query.shape[2],
         )
     out = flex_attention(
         query,
@@ -79,7 +117,7 @@ def attend(
         score_mod=slot_score_mod,
         block_mask=mask,
         scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=query.shape[1] != slots.key.shape[1],
         kernel_options=options,
     )
     return out

@@ -52,6 +52,8 @@ def plan_attention(
     config: DGAConfig,
     is_causal: bool,
     scale: float,
+    room: tuple[int, Tensor] | None = None,
+    copies: bool = False,
 ) -> Plan:
     """Plan one attention call. One graph, static shapes for a given length and config.
 
@@ -63,16 +65,23 @@ def plan_attention(
         config: the choices.
         is_causal: False lets queries see both ways (`prompt` scope only).
         scale: of the scores.
+        room: of a part of a longer sequence, the focal slots that its plan has, and (B,) how many
+            of the tokens that would be focal may be; None = what is right for a whole one.
+        copies: whether sinks get slots where nothing else has any; others may need to see them.
     """
-    if config.only_sinks:
+    if config.only_sinks and not copies:
         return _plan_without_slots(docs, key.shape[1], config, is_causal)
     if config.scope == "causal":
         chosen, score = _focal_by_unit(query, key, value, docs, config, scale)
     else:
         chosen, score = _focal_of_prompt(query, key, value, docs, config, is_causal, scale)
     steps = key.shape[2] // config.step
-    capacity = _focal_capacity(steps, config)
-    chosen = chosen & (chosen.cumsum(-1) <= capacity)
+    if room is None:
+        capacity = focal_capacity(steps, config)
+        chosen = chosen & (chosen.cumsum(-1) <= capacity)
+    else:
+        capacity = room[0]
+        chosen = chosen & (chosen.cumsum(-1) <= room[1][:, None, None])
     focal = compact(chosen, capacity)
 
     if config.groups and config.whole_sequence:
@@ -233,13 +242,27 @@ def _member_score(score: Tensor, members: Tensor, config: DGAConfig) -> Tensor |
     return torch.where(members >= 0, take(score, members), 0.0)
 
 
-def _focal_capacity(steps: int, config: DGAConfig) -> int:
+def focal_capacity(steps: int, config: DGAConfig) -> int:
     """Focal slots of a plan over so many steps, with room for the sinks."""
     room = steps * config.focal_per_step
     if config.focal_budget is not None:
         room = torch.sym_min(room, max(config.focal_budget, config.sinks))
     each = config.focal_per_unit if config.scope == "causal" else config.focal_per_step
     return room + max(config.sinks - each, 0)
+
+
+def focal_counts(docs: Documents, config: DGAConfig) -> Tensor:
+    """(B, N) int64: how many tokens of each unit are focal, where only documents decide that.
+
+    So it is in `causal` scope, and where sinks alone are focal.
+    """
+    sink = _units(_sinks(docs, config), config)
+    if config.scope == "causal":
+        lives = _in_last_document(docs, config)
+        most = (sink & lives).sum(-1).clamp(min=config.focal_per_unit)
+        return torch.minimum(most, lives.sum(-1))
+    index = torch.arange(docs.first.shape[-1], dtype=torch.int32, device=docs.first.device)
+    return (sink & _units(handover(index, config) < docs.after, config)).sum(-1)
 
 
 def _focal_quota(docs: Documents, config: DGAConfig) -> Tensor:

@@ -6,13 +6,17 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from torch import nn
 
 from flexdga.config import DGAConfig, LayerRule
 from flexdga.plain import unwrap_plain, wrap_plain
 from flexdga.report import LayerReport, Report
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 Model = TypeVar("Model", bound=nn.Module)
 _ATTRIBUTE = "_flexdga_wrapping"
@@ -31,6 +35,9 @@ def wrap(
     *,
     layers: LayerRule | Mapping[int, DGAConfig | None] | None = None,
     bidirectional: bool = False,
+    mesh: DeviceMesh | ProcessGroup | None = None,
+    balanced: bool = True,
+    gather: bool = True,
 ) -> Model:
     """Send a model's attention through DGA. It is the same model, changed in place.
 
@@ -49,6 +56,12 @@ def wrap(
         bidirectional: in a plain PyTorch model, also replace calls without a causal mask whose
             queries are as many as the keys. They cannot be told from cross-attention, so say it
             only of an encoder. In a transformers model each layer knows its direction.
+        mesh: shard sequences over these ranks (`flexdga.parallel`). Every rank calls a transformers
+            decoder with the whole tokens, its forward pass runs over this rank's shard, at the
+            right positions, and the whole logits come back. Prefill and training, no cache.
+        balanced: with a mesh, whether each rank gets an early and a late part of the sequence.
+        gather: with a mesh, False gives the shard's logits, in the order of
+            `flexdga.parallel.Shards(length, mesh, config)`, with gradients.
 
     Returns:
         The model.
@@ -70,7 +83,14 @@ def wrap(
         from flexdga.wrap_huggingface import HuggingFaceWrapping
 
         inside = HuggingFaceWrapping(model, config, rule)
+        if mesh is not None:
+            inside.shard(mesh, balanced=balanced, gather=gather)
         wrapping = Wrapping(inside.rows, inside.undo)
+    elif mesh is not None:
+        raise ValueError(
+            f"mesh: expected a transformers model that takes attention implementations by name, "
+            f"got {type(model).__name__}; flexdga.parallel.parallel_attention is for any other"
+        )
     else:
         plain = wrap_plain(model, config, rule, bidirectional=bidirectional)
         wrapping = Wrapping(plain.rows, functools.partial(unwrap_plain, model, plain))

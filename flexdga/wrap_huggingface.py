@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,6 +15,12 @@ from flexdga.cache import DENSE, DGACache
 from flexdga.config import DGAConfig, LayerRule
 from flexdga.huggingface import NAME, Settings
 from flexdga.report import LayerReport
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from flexdga.parallel.wrapping import ShardedForward
 
 
 class HuggingFaceWrapping:
@@ -46,9 +52,13 @@ class HuggingFaceWrapping:
             )
         self.before = [(c, c._attn_implementation_internal) for c in _configs(model)]
         model.set_attn_implementation(NAME)
-        for (_, module), row, own in zip(self.modules, self.rows, chosen):
-            settings = Settings(own if own and row.wrapped else DENSE, row)
+        self.settings = [
+            Settings(own if own and row.wrapped else DENSE, row)
+            for row, own in zip(self.rows, chosen)
+        ]
+        for (_, module), settings in zip(self.modules, self.settings):
             module._flexdga = settings  # type: ignore[assignment]
+        self.sharding: ShardedForward | None = None
         self.hook = model.register_forward_hook(self._check)
         self.generate = model.__dict__.get("generate")
         if model.can_generate() and not any(_is_latent(module) for _, module in self.modules):
@@ -65,8 +75,32 @@ class HuggingFaceWrapping:
             )  # fmt: skip
             model.generate = functools.partial(_generate, model, cache)
 
+    def shard(self, mesh: DeviceMesh | ProcessGroup, *, balanced: bool, gather: bool) -> None:
+        """Run forward passes over shards of the sequence.
+
+        Raises:
+            ValueError: a layer cannot; the model is restored.
+        """
+        from flexdga.parallel.wrapping import ShardedForward
+
+        try:
+            for _, module in self.modules:
+                if not module.is_causal or _sliding_window(module) is not None:
+                    raise ValueError(
+                        "mesh: sequences are sharded in causal layers without a sliding window; "
+                        f"expected nothing else in {type(self.model).__name__}"
+                    )
+            self.sharding = ShardedForward(
+                self.model, self.settings, mesh, balanced=balanced, gather=gather
+            )
+        except Exception:
+            self.undo()
+            raise
+
     def undo(self) -> None:
         """Restore the model exactly."""
+        if self.sharding is not None:
+            self.sharding.undo()
         for config, implementation in self.before:
             config._attn_implementation_internal = implementation
         for module in self.model.modules():  # also those that are no layers of the report

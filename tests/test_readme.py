@@ -13,12 +13,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_model import save_tiny_model
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NEED_A_MODEL = [path for path in EXAMPLES if '"--model", required=True' in path.read_text()]
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 UNCOMPILED = 8000
 """Tokens that uncompiled attention holds all scores of, in a few GB."""
 
@@ -43,7 +45,15 @@ def test_readme_block(block, compiled, tmp_path, monkeypatch, request):
     if not compiled:
         request.getfixturevalue("eager")
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    if not block.startswith("# torchrun"):
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+        return
+    for name, value in TORCHRUN.items():  # as in a process of one
+        monkeypatch.setenv(name, value)
+    try:
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -68,6 +78,20 @@ def test_example_generate(tmp_path):
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert "dense" in run.stdout and "DGA" in run.stdout and "each token" in run.stdout
+
+
+@pytest.mark.slow
+def test_example_context_parallel(tmp_path):
+    save_tiny_model(tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", ROOT / "examples" / "context_parallel.py"]
+    run = subprocess.run(
+        [*command, "--model", tmp_path, "--length", "500", "--dense-below", "0"],
+        capture_output=True, text=True, env=os.environ | {"TORCHDYNAMO_DISABLE": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "second: 500 tokens" in run.stdout and "NLL" in run.stdout
+    assert "chunk   0  1  2  3\nrank    0  1  1  0" in run.stdout
 
 
 def test_the_readme_names_both_commands():

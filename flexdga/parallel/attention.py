@@ -1,0 +1,338 @@
+"""`parallel_attention`: each rank's queries over its own raw tokens and everybody's slots.
+
+One plan for one call of the kernel: its raw section is this rank's tokens, the raw window before
+each of its chunks, and the units of other ranks that its queries open; its other slots are those of
+the whole sequence. Its queries are the first raw tokens, numbered as the rank holds them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexdga.attention import _as_autocast, _run, _without_autocast
+from flexdga.by_blocks import Choices
+from flexdga.checks import check_documents, check_inputs
+from flexdga.compress import Slots
+from flexdga.config import DGAConfig
+from flexdga.cpu_backward import wants_gradient
+from flexdga.indexing import put, take
+from flexdga.kernel import attend_slots
+from flexdga.parallel.failures import watched
+from flexdga.parallel.gradient import attend_given_on_cpu, joined_slots
+from flexdga.parallel.opened import Fetched, features_of, fetch, needed, open_units, start_features
+from flexdga.parallel.shards import Shards, before, beyond, whole_step
+from flexdga.parallel.slots import Gathered, gather_slots, queries_before
+from flexdga.parallel.surroundings import around, by_chunk, plan_around, whole_documents
+from flexdga.plan import NEVER, Documents, Plan
+from flexdga.spelling import spell
+
+
+def parallel_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shards: Shards,
+    *,
+    config: DGAConfig | None = None,
+    scale: float | None = None,
+    document_ids: Tensor | None = None,
+) -> Tensor:
+    """Causal `dga_attention` of a sequence that is sharded over ranks; what it returns, sharded.
+
+    Ranks exchange slots and what estimates need of units, the raw window before each chunk, and
+    the raw units that their queries open: not the keys and values. Every rank of the group must
+    call it, with the same arguments but for the shards. A sequence shorter than
+    `config.dense_below` takes exact dense attention over gathered keys and values, as it does in
+    `dga_attention`. Gradients flow through the collectives.
+
+    Args:
+        query: (B, H, shards.local_length, D), this rank's shard.
+        key: (B, Hkv, shards.local_length, D).
+        value: (B, Hkv, shards.local_length, Dv).
+        shards: how the sequence is cut, and over which ranks.
+        config: the choices; None = `DGAConfig()`. What it looks at must end at a unit or at a query
+            block: `causal` scope, or in `prompt` scope a config without focal tokens and, unless
+            units open, without groups.
+        scale: of the scores; None = 1/√D.
+        document_ids: (B, shards.length) of the whole sequence, as `dga_attention` takes them.
+
+    Returns:
+        (B, H, shards.local_length, Dv); 0 for padding.
+
+    Raises:
+        ValueError: shapes or arguments do not fit together, the config plans over the whole
+            prompt, or it is not the same on all ranks (found where a `Shards` first meets it).
+        TypeError: an argument is of the wrong type or dtype.
+        RankError: a rank did not answer within the timeout of its process group.
+    """
+    if not isinstance(shards, Shards):
+        raise TypeError(f"shards: expected Shards, got {type(shards).__name__}")
+    config = DGAConfig() if config is None else config
+    if not isinstance(config, DGAConfig):
+        raise TypeError(f"config: expected a DGAConfig, got {type(config).__name__}")
+    query, key, value = _as_autocast(query, key, value)
+    check_inputs(query, key, value, config, True, scale, None, None, None)
+    _check(query, document_ids, shards, config)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    with watched(shards.group, "flexdga, parallel_attention"), _without_autocast(query.device.type):
+        _agree(query, key, value, document_ids, shards, config, scale)
+        docs = whole_documents(document_ids, query.shape[0], shards, query.device)
+        if shards.length < config.dense_below:
+            return _dense(query, key, value, docs, shards, scale)
+        return _sparse(query, key, value, docs, shards, config, scale)
+
+
+def _sparse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    docs: Documents,
+    shards: Shards,
+    config: DGAConfig,
+    scale: float,
+) -> Tensor:
+    # It is under way while the neighbours' tokens come and the chunks are planned.
+    started = start_features(key, shards, config) if config.opens else None
+    chunks = around(query, key, value, docs, shards, config)
+    plan = plan_around(chunks, docs, shards, config, scale)
+    slots = gather_slots(chunks, plan, docs, shards, config, scale)
+    size = config.block_size[1]
+    held = _held_units(shards, chunks.head, size, key.device).expand(*key.shape[:2], -1)
+    since = fetched = None
+    if started is not None:
+        features = features_of(started, shards)
+        since = open_units(query, chunks, features, docs, shards, config, scale)
+        need = needed(since, key.shape[1])
+        home = put(torch.zeros_like(need, dtype=torch.bool), held, held >= 0)
+        fetched = fetch(key, value, need & ~home, shards, config)
+        held = torch.cat([held, fetched.unit], -1)
+    local = _local_plan(plan, slots, held, since, fetched, shards, chunks.head, size)
+    heads = [_by_rank(t[:, :, : chunks.head], shards.count) for t in (chunks.key, chunks.value)]
+    raw = [torch.cat([own, head], 2) for own, head in zip((key, value), heads)]
+    if fetched is not None:
+        raw = [torch.cat([a, b], 2) for a, b in zip(raw, (fetched.key, fetched.value))]
+    return _attend(query, raw[0], raw[1], slots, local, config, scale)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Gathered,
+    plan: Plan,
+    config: DGAConfig,
+    scale: float,
+) -> Tensor:
+    """One call of the kernel: raw keys and values, then the gathered slots."""
+
+    def kernel(query: Tensor, made: Slots, plan: Plan) -> Tensor:
+        out: Tensor = _run(
+            attend_slots, query, made, plan,
+            block_size=config.block_size, scale=scale, score_mod=None, kernel_options=None,
+        )  # fmt: skip
+        return out
+
+    made = [slots.key, slots.value, *([] if slots.bias is None else [slots.bias])]
+    on_cpu = query.device.type == "cpu"
+    if on_cpu and (query.dtype == torch.float64 or wants_gradient(None, query, key, value, *made)):
+        choices = Choices(
+            config.group_weights, config.group_bias == "mass", config.block_size, scale, None
+        )
+        return attend_given_on_cpu(kernel, query, key, value, made, plan, choices)
+    joined = joined_slots(key, value, made)
+    if not on_cpu:
+        return kernel(query, joined, plan)
+    with torch.no_grad():  # one compilation, whoever calls
+        return kernel(query.detach(), joined, plan)
+
+
+def _local_plan(
+    plan: Plan,
+    slots: Gathered,
+    held: Tensor,
+    since: Tensor | None,
+    fetched: Fetched | None,
+    shards: Shards,
+    head: int,
+    size: int,
+) -> Plan:
+    """Who of this rank's queries sees what it holds and what it was sent.
+
+    Args:
+        plan: of the chunks with their surroundings.
+        slots: of all chunks.
+        held: (B, Hkv, R / U) the unit of the sequence at each raw key block, -1 for none and for
+            a second copy.
+        since: (B, H, T, N) from `open_units`, or None.
+        fetched: units of other ranks, or None.
+        shards: how the sequence is cut.
+        head: raw tokens before each chunk.
+        size: U, tokens of a key block.
+    """
+    start, end = _raw_intervals(plan, shards, head)
+    if fetched is not None:  # seen where they are open
+        more = fetched.key.shape[2]
+        start, end = F.pad(start, (0, more), value=NEVER), F.pad(end, (0, more))
+    raw = start.shape[-1]
+    index = torch.arange(raw, dtype=torch.int32, device=start.device).expand_as(start)
+
+    seen_from, seen_to = (queries_before(t, shards) for t in (slots.start, slots.end))
+    alive = (seen_from < seen_to) & (slots.start < slots.end)
+    place, table = torch.full_like(slots.position, -1), None
+    if since is not None:
+        # Where the raw tokens of each unit are, if they are here: the kernel hides its slots by it.
+        block = torch.arange(held.shape[-1], dtype=torch.int32, device=held.device)
+        nowhere = torch.full((*held.shape[:2], since.shape[-1]), -1, dtype=torch.int32)
+        here = put(nowhere.to(held.device), held, block.expand_as(held))
+        place = take(here, slots.position // size)
+        place = torch.where(alive & (place >= 0), place * size, -1)
+        rep = since.shape[1] // held.shape[1]
+        unit = held.repeat_interleave(rep, 1)[:, :, None].expand(-1, -1, since.shape[2], -1)
+        table = since.gather(-1, unit.clamp(min=0).long()).masked_fill(unit < 0, NEVER)
+    none = torch.empty((*start.shape[:2], 0, 1), dtype=torch.int32, device=start.device)
+    return Plan(
+        torch.cat([start, torch.where(alive, seen_from, NEVER)], -1),
+        torch.cat([end, torch.where(alive, seen_to, 0)], -1),
+        torch.cat([index, place], -1),
+        torch.full_like(slots.position, -1),
+        none,
+        open=table,
+    )
+
+
+def _raw_intervals(plan: Plan, shards: Shards, head: int) -> tuple[Tensor, Tensor]:
+    """Start and end of this rank's tokens, then of those before its chunks: (B, Hkv, R) each.
+
+    Nobody but a chunk's own queries sees them: what a later chunk sees raw stands before it.
+    """
+    parts: list[list[tuple[Tensor, Tensor]]] = [[], []]
+    batch = plan.start.shape[0] // shards.count
+    for c in range(shards.count):
+        own = slice(c * batch, (c + 1) * batch)
+        for i, tokens in enumerate((slice(head, head + shards.size), slice(0, head))):
+            start, end = plan.start[own, :, tokens], plan.end[own, :, tokens]
+            start = start.clamp(min=head)
+            end = end.clamp(max=head + shards.size)
+            alive = start < end
+            shift = c * shards.size - head
+            parts[i].append(
+                (torch.where(alive, start + shift, NEVER), torch.where(alive, end + shift, 0))
+            )
+    every = [pair for part in parts for pair in part]
+    return torch.cat([s for s, _ in every], -1), torch.cat([e for _, e in every], -1)
+
+
+def _held_units(shards: Shards, head: int, size: int, device: torch.device) -> Tensor:
+    """(R / U,) int32: the unit at each key block of this rank's tokens and those before them."""
+    own: list[int] = []
+    for number in shards.numbers:
+        own += range(number * shards.size // size, (number + 1) * shards.size // size)
+    before: list[int] = []
+    for number in shards.numbers:
+        first = number * shards.size // size
+        before += range(first - head // size, first)
+    mine = set(own)
+    units = own + [unit if unit >= 0 and unit not in mine else -1 for unit in before]
+    return torch.tensor(units, dtype=torch.int32, device=device)
+
+
+def _by_rank(x: Tensor, count: int) -> Tensor:
+    """(C·B, H, n, D) to (B, H, C·n, D)."""
+    return x.unflatten(0, (count, -1)).movedim(0, 2).flatten(2, 3)
+
+
+def _dense(
+    query: Tensor, key: Tensor, value: Tensor, docs: Documents, shards: Shards, scale: float
+) -> Tensor:
+    """Exact attention to everybody's keys and values."""
+    both = by_chunk(torch.cat([key, value], -1), shards)
+    every = funcol.wait_tensor(shards.gathered(both, "keys and values"))
+    every = every.permute(1, 2, 0, 3, 4).flatten(2, 3)
+    keys, values = every.split([key.shape[-1], value.shape[-1]], -1)
+    at = shards.positions(query.device)
+    index = torch.arange(shards.total, device=query.device)
+    first, after = docs.first[:, None], docs.after[:, None]
+    start = torch.maximum(index.to(first), first)  # of the queries that see a key
+    seen = (start <= at[:, None]) & (at[:, None] < after)
+    # A row of padding sees itself, so that no backend has to divide by nothing; then it is zeroed.
+    seen = seen | (at[:, None] == index)
+    out = F.scaled_dot_product_attention(
+        query, keys, values, attn_mask=seen[:, None], scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return out.masked_fill((docs.after[:, at] == 0)[:, None, :, None], 0)
+
+
+def _check(query: Tensor, document_ids: Tensor | None, shards: Shards, config: DGAConfig) -> None:
+    if query.shape[2] != shards.local_length:
+        raise ValueError(
+            f"query: expected a shard of {shards.local_length} tokens (Shards.shard makes it), got "
+            f"{tuple(query.shape)}"
+        )
+    if document_ids is not None:
+        check_documents(document_ids, (query.shape[0], shards.length))
+    short = shards.length < config.dense_below
+    if not short and config.prefill == "dense":
+        raise ValueError(
+            "config: prefill='dense' needs all keys and values on every rank; expected 'sparse'"
+        )
+    whole = config.needs_importance or (config.groups and not config.opens)
+    if not short and config.scope == "prompt" and whole:
+        raise ValueError(
+            "config: in scope='prompt' focal tokens, and groups where no units open, are chosen "
+            f"over the whole prompt, which no rank has; expected scope='causal', got {config!r}"
+        )
+    need = max(before(config), beyond(config))
+    if shards.size % whole_step(config) or shards.size < need:
+        raise ValueError(
+            f"config: its chunks are multiples of {whole_step(config)} of at least {need} tokens, "
+            f"those of shards have {shards.size}; expected a config that Shards was made for"
+        )
+
+
+def _agree(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    document_ids: Tensor | None,
+    shards: Shards,
+    config: DGAConfig,
+    scale: float,
+) -> None:
+    """Raise on every rank, the first time, if ranks do not call with the same things."""
+    mine = {
+        "config": spell(config),
+        "length": shards.length,
+        "chunk": shards.size,
+        "balanced": shards.balanced,
+        "query": [*query.shape],
+        "key": [*key.shape],
+        "value": [*value.shape],
+        "dtype": str(query.dtype),
+        "scale": scale,
+        "document_ids": document_ids is not None,
+        "gradient": [wants_gradient(None, t) for t in (query, key, value)],
+    }
+    text = json.dumps(mine)
+    if text in shards.agreed:
+        return
+    every: list[Any] = [None] * shards.world
+    dist.all_gather_object(every, text, shards.group)
+    for rank, other in enumerate(every):
+        if other != every[0]:
+            ours, theirs = json.loads(every[0]), json.loads(other)
+            name = next(n for n in mine if ours[n] != theirs[n])
+            raise ValueError(
+                f"{name}: expected the same on all ranks, got {ours[name]} on rank "
+                f"{dist.get_global_rank(shards.group, 0)} and {theirs[name]} on rank "
+                f"{dist.get_global_rank(shards.group, rank)}"
+            )
+    shards.agreed.add(text)

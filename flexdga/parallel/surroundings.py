@@ -1,0 +1,193 @@
+"""What a chunk needs of its neighbours, and the plan of each chunk with these around it.
+
+A chunk stands between the raw tokens before it that its queries see (keys and values) and, where
+importance is asked, the tokens after it that its last units are judged by (queries and keys). This
+is a short sequence of its own, all of a rank's chunks are a batch of them, and `plan_attention`
+plans it: by whole units its decisions are those of the whole sequence.
+
+Shapes: C chunks of n tokens with h before and a after them, E = h + n + a; C stands in front of B.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor
+
+from flexdga.attention import _run
+from flexdga.config import DGAConfig
+from flexdga.parallel.collectives import all_to_all
+from flexdga.parallel.shards import Shards, before, beyond, padded_to
+from flexdga.plan import NEVER, Documents, Plan
+from flexdga.planner import documents, focal_capacity, focal_counts, plan_attention
+
+SOME = 16
+"""Slots of sinks are made for whole multiples of so many."""
+
+
+class Around(NamedTuple):
+    """Chunks with what stands around them.
+
+    Attributes:
+        query: (C·B, H, E, D); what no group's weights and no probe reads is 0.
+        key: (C·B, Hkv, E, D).
+        value: (C·B, Hkv, E, Dv).
+        docs: (C·B, E), indices from each chunk's own beginning on: negative for documents that
+            begin before it.
+        head: h.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    docs: Documents
+    head: int
+
+
+def whole_documents(ids: Tensor | None, batch: int, shards: Shards, device: Any) -> Documents:
+    """Documents of the whole sequence with its padding, (B, total)."""
+    docs = documents(ids, None, (batch, shards.length), device)
+    first, after = (
+        padded_to(docs.first, shards.total, NEVER),
+        padded_to(docs.after, shards.total, 0),
+    )
+    return Documents(first, after, docs.packed)
+
+
+def around(
+    query: Tensor, key: Tensor, value: Tensor, docs: Documents, shards: Shards, config: DGAConfig
+) -> Around:
+    """Chunks and their surroundings, fetched from the neighbours.
+
+    Args:
+        query: (B, H, C·n, D).
+        key: (B, Hkv, C·n, D).
+        value: (B, Hkv, C·n, Dv).
+        docs: of the whole sequence.
+        shards: how it is cut.
+        config: the choices.
+    """
+    head, tail = before(config), beyond(config)
+    q, k, v = (by_chunk(x, shards) for x in (query, key, value))
+    if head:
+        kv = torch.cat([k[..., -head:, :], v[..., -head:, :]], -1)
+        kv = _from_neighbours(kv, 1, shards, "raw window")
+        k_head, v_head = kv.split([k.shape[-1], v.shape[-1]], -1)
+        q = torch.cat([q.new_zeros(*q.shape[:3], head, q.shape[4]), q], 3)
+        k, v = torch.cat([k_head, k], 3), torch.cat([v_head, v], 3)
+    if tail:
+        both = torch.cat([q[..., head : head + tail, :], k[..., head : head + tail, :]], 2).detach()
+        both = _from_neighbours(both, -1, shards, "lookahead")
+        q_tail, k_tail = both.split([q.shape[2], k.shape[2]], 2)
+        q, k = torch.cat([q, q_tail], 3), torch.cat([k, k_tail], 3)
+        v = torch.cat([v, v.new_zeros(*v.shape[:3], tail, v.shape[4])], 3)
+    parts = [
+        _docs_around(docs, number * shards.size - head, q.shape[3]) for number in shards.numbers
+    ]
+    first, after = (torch.cat(part) for part in zip(*parts))
+    return Around(
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
+        Documents(first, after, docs.packed),
+        head,
+    )
+
+
+def plan_around(
+    chunks: Around, docs: Documents, shards: Shards, config: DGAConfig, scale: float
+) -> Plan:
+    """The plan of every chunk with its surroundings: intervals of indices into these."""
+    room = _focal_room(docs, shards, config, chunks) if _share_room(docs, config) else None
+    with torch.no_grad():
+        plan: Plan = _run(
+            plan_attention, chunks.query.detach(), chunks.key.detach(), chunks.value.detach(),
+            chunks.docs, config=config, is_causal=True, scale=scale, room=room, copies=True,
+        )  # fmt: skip
+    return plan
+
+
+def by_chunk(x: Tensor, shards: Shards) -> Tensor:
+    """(B, H, C·n, D) to (C, B, H, n, D)."""
+    return x.unflatten(2, (shards.count, shards.size)).movedim(2, 0)
+
+
+def focal_slots(tokens: int, docs: Documents, shards: Shards, config: DGAConfig) -> int:
+    """Focal slots that hold whatever a plan of the whole sequence chooses from some tokens.
+
+    Args:
+        tokens: how many, in whole units.
+        docs: of the whole sequence.
+        shards: how it is cut.
+        config: the choices.
+    """
+    if not _share_room(docs, config):
+        return focal_capacity(tokens // config.step, config)
+    each = max(config.focal_per_unit, min(config.sinks, config.unit_size))
+    units = tokens // config.unit_size
+    if config.only_sinks:  # no limit to them: as many as the stretch that has most of them
+        sinks = focal_counts(docs, config).cumsum(-1)
+        sinks = torch.cat([torch.zeros_like(sinks[:, :1]), sinks], 1)
+        span = min(units, sinks.shape[1] - 1)
+        busiest = int((sinks[:, span:] - sinks[:, : sinks.shape[1] - span]).amax())
+        return min(units * each, -(-max(busiest, 1) // SOME) * SOME)
+    return min(units * each, focal_capacity(shards.total // config.step, config))
+
+
+def _share_room(docs: Documents, config: DGAConfig) -> bool:
+    """Whether the sinks of several documents may be more than a plan has slots for."""
+    each = config.focal_per_unit if config.scope == "causal" else config.focal_per_step
+    return docs.packed and config.sinks > each
+
+
+def _focal_room(
+    docs: Documents, shards: Shards, config: DGAConfig, chunks: Around
+) -> tuple[int, Tensor]:
+    """What `plan_attention` takes as `room`: documents alone say how much others used up."""
+    whole = focal_capacity(shards.total // config.step, config)
+    used = focal_counts(docs, config).cumsum(-1)
+    used = torch.cat([torch.zeros_like(used[:, :1]), used], 1)
+    units = [number * shards.size - chunks.head for number in shards.numbers]
+    left = [whole - used[:, max(first, 0) // config.unit_size] for first in units]
+    if config.only_sinks:
+        left = [torch.full_like(some, NEVER) for some in left]
+    return focal_slots(chunks.key.shape[2], docs, shards, config), torch.cat(left)
+
+
+def _from_neighbours(x: Tensor, step: int, shards: Shards, what: str) -> Tensor:
+    """What the chunk `step` before each chunk sent, (C, ...) as `x`; 0 where there is none."""
+    chunks = shards.world * shards.count
+
+    def jobs(rank: int) -> list[tuple[int, int]]:
+        """Who gets what from this rank's chunks: (rank, number of the chunk that gets it)."""
+        got = [number + step for number in shards.numbers_of(rank)]
+        return sorted((shards.owner(n), n) for n in got if 0 <= n < chunks)
+
+    mine = jobs(shards.rank)
+    send = [sum(to == rank for to, _ in mine) for rank in range(shards.world)]
+    rows = x[[shards.numbers.index(n - step) for _, n in mine]].flatten(1)
+    coming = [n for rank in range(shards.world) for to, n in jobs(rank) if to == shards.rank]
+    receive = [sum(to == shards.rank for to, _ in jobs(rank)) for rank in range(shards.world)]
+    got = all_to_all(rows, send, receive, shards.group, what)
+    got = funcol.wait_tensor(got).unflatten(1, x.shape[1:])
+    none = torch.zeros_like(x[:1])
+    parts = [got[coming.index(n)][None] if n in coming else none for n in shards.numbers]
+    # Whoever got nothing takes part in the gradient's exchange too.
+    return torch.cat([*parts, got[:0]])
+
+
+def _docs_around(docs: Documents, begin: int, size: int) -> tuple[Tensor, Tensor]:
+    """First and after of `size` tokens from `begin` on, as indices from there; padding outside."""
+    length = docs.first.shape[1]
+    low, high = max(begin, 0), min(begin + size, length)
+    first, after = docs.first[:, low:high], docs.after[:, low:high]
+    real = first != NEVER
+    first = torch.where(real, first - begin, NEVER)
+    after = torch.where(real, after - begin, 0)
+    pad = (low - begin, begin + size - high)
+    return (
+        torch.nn.functional.pad(first, pad, value=NEVER),
+        torch.nn.functional.pad(after, pad, value=0),
+    )

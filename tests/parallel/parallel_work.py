@@ -1,0 +1,181 @@
+"""What the ranks of the tests run: importable, for they are other processes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from helpers import small
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+import flexdga
+from flexdga import DGAConfig, dga_attention
+from flexdga.parallel import RankError, Shards, parallel_attention, traffic
+
+
+@functools.cache
+def mesh(ranks: int):
+    """A mesh of so many ranks; with 2 of 4, two meshes side by side do the same."""
+    world = dist.get_world_size()
+    if ranks == world:
+        return init_device_mesh("cpu", (world,))
+    return init_device_mesh("cpu", (world // ranks, ranks), mesh_dim_names=("other", "inner"))[
+        "inner"
+    ]
+
+
+def inputs(batch, heads, kv_heads, length, head_dim, dtype) -> list[Tensor]:
+    torch.manual_seed(length)
+    shapes = [(batch, h, length, head_dim) for h in (heads, kv_heads, kv_heads)]
+    # Keys that stand out: without them nothing would be worth opening.
+    query, key, value = (torch.randn(shape) for shape in shapes)
+    key[:, :, ::37] *= 3
+    return [t.to(dtype) for t in (query, key, value)]
+
+
+def equals_one_process(
+    ranks, config, shape, dtype=torch.float32, ids=None, balanced=True, gradient=False, eager=True
+):
+    """Relative errors of the output (and the gradients) of this rank's shard, and bytes sent."""
+    torch.compiler.set_stance("force_eager" if eager else "default")
+    whole = inputs(*shape, dtype)
+    shards = Shards(shape[3], mesh(ranks), config, balanced=balanced)
+    parts = [shards.shard(t, 2) for t in whole]
+    for t in (*whole, *parts):
+        t.requires_grad_(gradient)
+    with traffic() as sent:
+        out = parallel_attention(*parts, shards, config=config, document_ids=ids)
+        want = dga_attention(*whole, config=config, document_ids=ids)
+        errors = [_error(out, shards.shard(want, 2))]
+        if gradient:
+            torch.manual_seed(7)
+            weight = torch.randn(want.shape).to(dtype)
+            out.backward(shards.shard(weight, 2))
+            want.backward(weight)
+            errors += [_error(p.grad, shards.shard(w.grad, 2)) for p, w in zip(parts, whole)]
+    errors.append(_error(shards.unshard(out, 2), want))
+    return errors, dict(sent)
+
+
+def call_strangely(config, others: dict, shape):
+    """A call in which some ranks have other configs."""
+    torch.compiler.set_stance("force_eager")
+    config = others.get(dist.get_rank(), config)
+    shards = Shards(shape[3], mesh(dist.get_world_size()), config)
+    parts = [shards.shard(t, 2) for t in inputs(*shape, torch.float32)]
+    parallel_attention(*parts, shards, config=config)
+
+
+def refused(config, shape):
+    """A call with shards that were made for another config."""
+    shards = Shards(shape[3], mesh(dist.get_world_size()), small(unit_size=128))
+    parts = [shards.shard(t, 2) for t in inputs(*shape, torch.float32)]
+    parallel_attention(*parts, shards, config=config)
+
+
+def round_trip(length: int, config, balanced: bool):
+    """Which tokens this rank holds, and whether unshard gives back what shard cut."""
+    shards = Shards(length, mesh(dist.get_world_size()), config, balanced=balanced)
+    whole = torch.arange(3 * length).view(3, length)
+    part = shards.shard(whole, 1, fill=-1)
+    at = shards.positions()
+    real = at < length
+    right = torch.equal(part[:, real], whole[:, at[real]]) and bool((part[:, ~real] == -1).all())
+    return at.tolist(), right and torch.equal(shards.unshard(part, 1), whole), shards.size
+
+
+def stall(config, shape, rank: int, timeout: float, die: bool):
+    """A call that one rank comes to too late, or dies before; others say what they were told."""
+    torch.compiler.set_stance("force_eager")
+    group = dist.new_group(timeout=timedelta(seconds=timeout))
+    shards = Shards(shape[3], group, config)
+    parts = [shards.shard(t, 2) for t in inputs(*shape, torch.float32)]
+    parallel_attention(*parts, shards, config=config)  # everybody is well
+    if dist.get_rank() == rank:
+        if die:
+            os._exit(1)
+        time.sleep(2 * timeout)
+    begin = time.monotonic()
+    try:
+        parallel_attention(*parts, shards, config=config)
+    except RankError as error:
+        return error.ranks, str(error), time.monotonic() - begin
+    return None
+
+
+def _error(got: Tensor, want: Tensor) -> float:
+    got, want = got.detach().double(), want.detach().double()
+    return float((got - want).norm() / want.norm().clamp(min=1e-12))
+
+
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=96, intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=6, num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def wrapped(config, packed: bool, gradient: bool):
+    """Errors of a sharded model's logits or gradients, and which of its layers were replaced."""
+    torch.compiler.set_stance("force_eager")
+    length = 500
+    tokens = torch.randint(64, (2, length), generator=torch.Generator().manual_seed(5))
+    extra = {}
+    if packed:
+        places = torch.cat([torch.arange(170), torch.arange(length - 170)])
+        extra["position_ids"] = places.expand(2, -1)
+    one, model = llama(), llama()
+    # A dense layer sees what the layers before made of padding, unless they are told of it.
+    layers = {2: None}
+    flexdga.wrap(one, config, layers=layers)
+    flexdga.wrap(model, config, layers=layers, mesh=mesh(2), gather=not gradient)
+    replaced = [row.wrapped for row in flexdga.report(model).rows]
+    with torch.set_grad_enabled(gradient):
+        want = one(tokens, use_cache=False, **extra).logits
+        got = model(tokens, **extra).logits
+        if not gradient:
+            return [_error(got, want)], replaced
+        shards = Shards(length, mesh(2), [config, DGAConfig.dense()])
+        errors = [_error(got[:, real], want[:, at[real]])
+                  for at in [shards.positions()] for real in [at < length]]  # fmt: skip
+        torch.manual_seed(9)
+        weight = torch.randn(want.shape)
+        (want * weight).sum().backward()
+        (got * shards.shard(weight, 1)).sum().backward()
+    for mine, theirs in zip(model.parameters(), one.parameters()):
+        total = mine.grad.clone()
+        dist.all_reduce(total, group=mesh(2).get_group())
+        errors.append(_error(total, theirs.grad))
+    return errors, replaced
+
+
+def refusals(config):
+    """What each of some calls of a sharded model raised."""
+    torch.compiler.set_stance("force_eager")
+    model = flexdga.wrap(llama(), config, mesh=mesh(2))
+    tokens = torch.zeros(1, 100, dtype=torch.long)
+    calls = {
+        "labels": lambda: model(tokens, labels=tokens),
+        "past_key_values": lambda: model.generate(tokens, max_new_tokens=2),
+        "attention_mask": lambda: model(tokens, attention_mask=torch.ones(1, 1, 100, 100)),
+        "gather": lambda: model(tokens),
+    }
+    raised = {}
+    for name, call in calls.items():
+        try:
+            call()
+            raised[name] = "nothing"
+        except ValueError as error:
+            raised[name] = str(error)
+    flexdga.unwrap(model)
+    model.generate(tokens, max_new_tokens=2)
+    return raised

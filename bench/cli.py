@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from flexdga import __version__
 
-from . import attention, cuda_check, decode, fidelity, parallel, train
+from . import attention, cuda_check, decode, fidelity, paper, parallel, train
 from .errors import UsageError
 
 
@@ -48,6 +48,11 @@ COMMANDS: dict[str, Command] = {
         "bytes, time and memory of attention over a sharded sequence, and a cost model of them",
         parallel.add_arguments,
         parallel.run,
+    ),
+    "paper": Command(
+        "what the papers claim, each claim reproduced small on a model: does it hold?",
+        paper.add_arguments,
+        paper.run,
     ),
     "train": Command(
         "time and memory of one attention call forward and backward, DGA against SDPA",

@@ -6,11 +6,15 @@ each compiles for shapes of its own.
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from pydoc_data import topics
 
 import pytest
 import torch
@@ -101,22 +105,56 @@ def test_the_readme_names_both_commands():
 
 
 def test_example_finetune_goes_on_where_it_was_killed(tmp_path):
-    """Two runs of two steps end as one of four does."""
+    """Killed after a checkpoint, started again, it ends as a run does that was left alone."""
+    save_tiny_model(tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(topics.topics[name] for name in sorted(topics.topics))[:200_000])
+    command = [sys.executable, ROOT / "examples" / "finetune.py", "--model", tmp_path]
+    command += ["--text", text, "--length", "200", "--lr", "1e-2", "--windows", "2"]
+    command += ["--every", "2", "--look", "2"]
+    environment = os.environ | {"TORCHDYNAMO_DISABLE": "1"}
+
+    def start(name, steps):
+        files = ["--checkpoint", tmp_path / f"{name}.pt", "--json", tmp_path / f"{name}.json"]
+        return subprocess.Popen(
+            [*command, *files, "--steps", str(steps)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
+
+    def finish(run):
+        out, error = run.communicate()
+        assert run.returncode == 0, error
+        return [line for line in out.splitlines() if "NLL" in line or "resumed" in line]
+
+    whole = finish(start("whole", 4))
+    dense, before, second, _, after = whole
+    assert "after 4 steps" in after and second.startswith("step 2: ")
+    killed = start("parts", 4)
+    while not (tmp_path / "parts.json").exists():  # written with the first checkpoint
+        assert killed.poll() is None, killed.communicate()[1]
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    # Between its first checkpoint and the signal it may have come to the next.
+    again = finish(start("parts", 4))
+    assert again[0] in [f"resumed after step {n} of {tmp_path / 'parts.pt'}" for n in (2, 4)]
+    assert again[-1] == after
+    curves = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "parts")]
+    assert curves[0]["curve"] == curves[1]["curve"] and curves[0]["losses"] == curves[1]["losses"]
+    dense, before, after = (float(line.rpartition(" ")[2]) for line in (dense, before, after))
+    assert after < before and dense > 0
+
+
+def test_example_finetune_trains_the_dense_model_to_compare_with(tmp_path):
     save_tiny_model(tmp_path)
     command = [sys.executable, ROOT / "examples" / "finetune.py", "--model", tmp_path]
-    command += ["--length", "200", "--lr", "1e-3", "--windows", "2"]
-
-    def run(name, steps):
-        done = subprocess.run(
-            [*command, "--steps", str(steps), "--checkpoint", tmp_path / name],
-            capture_output=True, text=True, env=os.environ | {"TORCHDYNAMO_DISABLE": "1"},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return [line for line in done.stdout.splitlines() if "NLL" in line or "resumed" in line]
-
-    whole = run("whole.pt", 4)
-    assert len(whole) == 3 and "after 4 steps" in whole[-1]
-    run("parts.pt", 2)
-    assert run("parts.pt", 4) == ["resumed after step 2 of " + str(tmp_path / "parts.pt"), *whole]
-    dense, before, after = (float(line.rpartition(" ")[2]) for line in whole)
-    assert after < before and dense > 0
+    command += ["--length", "200", "--windows", "1", "--steps", "1", "--attention", "dense"]
+    command += ["--text", tmp_path / "text.txt", "--plot", tmp_path / "curve.png"]
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 200)
+    command += ["--checkpoint", tmp_path / "dense.pt", "--bfloat16", "--recompute"]
+    run = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"TORCHDYNAMO_DISABLE": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "dense after 1 steps" in run.stdout and "closed" not in run.stdout
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

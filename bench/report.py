@@ -134,8 +134,8 @@ def _roofline_table(rows: Sequence[RooflineRow]) -> str:
             "GFLOP": number(row.gflop),
             "GFLOP/s": number(row.gflops),
             "of peak": f"{row.share:.0%}",
-            "kernel": number(row.kernel_gflops),
-            "of  peak": f"{row.kernel_share:.0%}",
+            "kernel": "" if row.kernel_gflops is None else number(row.kernel_gflops),
+            "of  peak": "" if row.kernel_share is None else f"{row.kernel_share:.0%}",
         }
         for row in shown
     ]

@@ -26,8 +26,9 @@ class RooflineRow:
             blocks that the kernel visits, in 10⁹ operations.
         gflops: the same by second, over all of the method's time.
         share: of `gemm_peak`.
-        kernel_gflops: over its time without planning; as `gflops` where nothing is planned.
-        kernel_share: of `gemm_peak`.
+        kernel_gflops: over its time without planning; as `gflops` where nothing is planned. None
+            where planning, which is timed by calls of its own, seems to take longer than the whole.
+        kernel_share: of `gemm_peak`; None likewise.
     """
 
     length: int
@@ -35,8 +36,8 @@ class RooflineRow:
     gflop: float
     gflops: float
     share: float
-    kernel_gflops: float
-    kernel_share: float
+    kernel_gflops: float | None
+    kernel_share: float | None
 
 
 def gemm_peak(dtype: torch.dtype, device: torch.device) -> float:
@@ -60,10 +61,8 @@ def roofline(rows: Sequence[Row], shape: Shape, peak: float) -> list[RooflineRow
         entries = row.computed * shape.batch * shape.heads * row.length * (row.length + 1) / 2
         gflop = entries * 4 * shape.head_dim / 1e9
         rate = gflop / row.median_ms * 1e3
-        # Planning is timed by calls of its own, and may seem to take longer than the whole.
-        kernel_ms = max(row.median_ms - (row.planner_ms or 0), 0.01 * row.median_ms)
-        kernel = gflop / kernel_ms * 1e3
-        found.append(
-            RooflineRow(row.length, row.method, gflop, rate, rate / peak, kernel, kernel / peak)
-        )
+        kernel_ms = row.median_ms - (row.planner_ms or 0)
+        kernel = gflop / kernel_ms * 1e3 if kernel_ms > 0 else None
+        share = None if kernel is None else kernel / peak
+        found.append(RooflineRow(row.length, row.method, gflop, rate, rate / peak, kernel, share))
     return found

@@ -48,7 +48,7 @@ class Units(NamedTuple):
     first: Tensor
 
 
-class Around(NamedTuple):
+class QueryBlocks(NamedTuple):
     """Query blocks, with the tokens around them: `near_span` on either side.
 
     Attributes:
@@ -70,10 +70,10 @@ class Around(NamedTuple):
     near: Tensor
     near_key: Tensor
 
-    def of(self, blocks: slice | Tensor) -> Around:
+    def of(self, blocks: slice | Tensor) -> QueryBlocks:
         """Some of the blocks."""
         by_block, by_document = self[:3], self[3:]
-        return Around(*(t[blocks] for t in by_block), *(t[:, :, blocks] for t in by_document))
+        return QueryBlocks(*(t[blocks] for t in by_block), *(t[:, :, blocks] for t in by_document))
 
 
 def unit_features(key: Tensor, config: DGAConfig) -> Tensor:
@@ -120,7 +120,7 @@ def far_log_mass(query: Tensor, units: Tensor, config: DGAConfig, scale: float) 
 
 
 def near_log_mass(
-    query: Tensor, around: Around, *, config: DGAConfig, is_causal: bool, scale: float
+    query: Tensor, around: QueryBlocks, *, config: DGAConfig, is_causal: bool, scale: float
 ) -> Tensor:
     """(B, H, T, I) log of Σ exp(score) over the tokens of each query that are too near to open.
 
@@ -148,7 +148,7 @@ def near_log_mass(
     return torch.logsumexp(score, -1).transpose(2, 3).flatten(1, 2)
 
 
-def surroundings(key: Tensor, first: Tensor, *, config: DGAConfig, is_causal: bool) -> Around:
+def surroundings(key: Tensor, first: Tensor, *, config: DGAConfig, is_causal: bool) -> QueryBlocks:
     """All query blocks of a sequence, with the tokens around each as a view of its keys.
 
     Args:
@@ -183,7 +183,7 @@ def surroundings(key: Tensor, first: Tensor, *, config: DGAConfig, is_causal: bo
     at = begin[:, None] - span + torch.arange(width, dtype=torch.int32, device=key.device)
     too_near = (at >= before[:, None] * size) & (at < after[:, None] * size)
     near = torch.where(too_near, windows(first[:, None], OUTSIDE), OUTSIDE)
-    return Around(begin, before, after, document, near, windows(key, 0))
+    return QueryBlocks(begin, before, after, document, near, windows(key, 0))
 
 
 def near_span(config: DGAConfig) -> int:
@@ -192,7 +192,7 @@ def near_span(config: DGAConfig) -> int:
     return beyond + max((r - beyond) % size for r in range(0, size, math.gcd(rows, size)))
 
 
-def _positions(around: Around, rows: int) -> Tensor:
+def _positions(around: QueryBlocks, rows: int) -> Tensor:
     """(T, I) int32, where the queries stand."""
     index = torch.arange(rows, dtype=torch.int32, device=around.begin.device)
     return around.begin[:, None] + index
@@ -306,7 +306,7 @@ def open_table(
 
 def openings(
     query: Tensor,
-    around: Around,
+    around: QueryBlocks,
     units: Units,
     *,
     config: DGAConfig,

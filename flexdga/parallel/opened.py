@@ -21,14 +21,12 @@ from flexdga.config import DGAConfig
 from flexdga.indexing import compact
 from flexdga.opening import (
     SCORES,
+    QueryBlocks,
     Units,
     openings,
     surroundings,
     unit_documents,
     unit_features,
-)
-from flexdga.opening import (
-    Around as Blocks,
 )
 from flexdga.parallel.collectives import all_gather, all_to_all
 from flexdga.parallel.shards import Shards
@@ -171,7 +169,7 @@ def needed(since: Tensor, kv_heads: int) -> Tensor:
 
 def _openings(
     query: Tensor,
-    around: Blocks,
+    around: QueryBlocks,
     units: Units,
     blocks: range,
     begin: int,
@@ -189,7 +187,7 @@ def _openings(
         units.key[:, :, : reach * per_unit].contiguous(), units.first[:, :reach].contiguous()
     )
     some = around.of(slice(blocks.start + head // rows, blocks.stop + head // rows))
-    some = Blocks(*(t.contiguous() for t in some))
+    some = QueryBlocks(*(t.contiguous() for t in some))
     since: Tensor = _run(
         openings, query.contiguous(), some, near, config=config, is_causal=True, scale=scale
     )

@@ -6,10 +6,12 @@
 2. Speed. Without a score mod the template still copies every score through the identity, scales it
    in a pass of its own, and allocates index vectors for each block. Here blocks that are seen whole
    do none of it, and the scale goes into the pass that finds the maximum.
-3. Correctness. The template renames the symbols of its tile sizes by replacing text: `ks2` also
+3. Speed. In blocks seen in part the template hands the mask its indices in vectors, so that every
+   table is gathered, number by number. Here the mask computes them (`_with_places`).
+4. Correctness. The template renames the symbols of its tile sizes by replacing text: `ks2` also
    inside `ks22`, and names the symbols of a table's size anew unless dynamo hands them in, so that
    a graph with dynamic shapes may not compile (`CppFlexAttentionTemplate.modification`).
-4. Compile time. Buffers in the source are numbered through the whole graph, so that no two layers
+5. Compile time. Buffers in the source are numbered through the whole graph, so that no two layers
    of a model shared their kernel (`score_buf_idx`, `mask_buf_idx`).
 
 1 and 2 are edits of the template's text. All act only while Inductor lowers a call that carries

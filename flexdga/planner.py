@@ -163,9 +163,11 @@ def _raw_plan(start: Tensor, end: Tensor, kv_heads: int) -> Plan:
     index = torch.arange(start.shape[1], dtype=torch.int32, device=start.device).expand_as(start)
     none = start.new_full((start.shape[0], kv_heads, 0, 1), -1)
     section = _mark_dead(_Section(index, start, end))
-    # The kernel's masks capture them: results of a `cat`, not of what is computed before it.
+    # The kernel's masks capture them: results of a `cat`, and not of one with nothing, which a
+    # compiler drops.
     position, start, end = (
-        torch.cat([t[:, None].expand(-1, kv_heads, -1), none[..., 0]], -1) for t in section
+        torch.cat([t[..., :1], t[..., 1:]], -1)
+        for t in (part[:, None].expand(-1, kv_heads, -1) for part in section)
     )
     return Plan(start, end, position, none[..., 0], none, none.float())
 

@@ -101,8 +101,8 @@ class Shared:
         return self.lengths[layout.step]
 
 
-class Prompt(nn.Module):
-    """Tokens to the logits after the last of them, and the state.
+class _Entry(nn.Module):
+    """A model over a decode cache of fixed size.
 
     Args:
         model: wrapped by `flexdga.wrap`.
@@ -116,6 +116,10 @@ class Prompt(nn.Module):
         super().__init__()
         self.model, self.capacity = model, capacity
         self.layouts = _layouts(model, capacity)
+
+
+class Prompt(_Entry):
+    """Tokens to the logits after the last of them, and the state."""
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """(B, L) tokens to (B, 1, vocabulary) logits, their number, and each layer's tensors."""
@@ -128,21 +132,8 @@ class Prompt(nn.Module):
         return logits, torch.full((), length, device=tokens.device), *state
 
 
-class Step(nn.Module):
-    """One token more, and the state, to the logits after it.
-
-    Args:
-        model: wrapped by `flexdga.wrap`.
-        capacity: tokens that a text may grow to.
-
-    Raises:
-        NotImplementedError: a layer of the model cannot be decoded so.
-    """
-
-    def __init__(self, model: PreTrainedModel, capacity: int) -> None:
-        super().__init__()
-        self.model, self.capacity = model, capacity
-        self.layouts = _layouts(model, capacity)
+class Step(_Entry):
+    """One token more, and the state, to the logits after it."""
 
     def forward(self, token: Tensor, length: Tensor, *state: Tensor) -> Tensor:
         """(B, 1) tokens to (B, 1, vocabulary) logits; `length` and `state` change in place."""

@@ -272,12 +272,39 @@ def open_table(
         scale: of the scores.
         run: how to call `openings`.
     """
-    rows, size = config.block_size
-    blocks = query.shape[2] // rows
     units = Units(unit_features(key, config), unit_documents(docs.first, config))
-    count = units.first.shape[1]
-    per_unit = units.key.shape[2] // count
     around = surroundings(key, docs.first, config=config, is_causal=is_causal)
+    return in_stretches(
+        query, around, units, config=config, is_causal=is_causal, scale=scale, run=run
+    )
+
+
+def in_stretches(
+    query: Tensor,
+    around: QueryBlocks,
+    units: Units,
+    *,
+    past: int = 0,
+    config: DGAConfig,
+    is_causal: bool,
+    scale: float,
+    run: Run,
+) -> Tensor:
+    """`openings` of query blocks that follow each other: (B, H, T, N), a stretch at a time.
+
+    Args:
+        query: (B, H, T·I, D) of the query blocks.
+        around: these blocks.
+        units: all N that there are.
+        past: tokens from the first unit's first to the first query.
+        config: the choices.
+        is_causal: whether queries see only the tokens up to themselves.
+        scale: of the scores.
+        run: how to call `openings`.
+    """
+    rows, size = config.block_size
+    blocks, count = query.shape[2] // rows, units.first.shape[1]
+    per_unit = units.key.shape[2] // count
 
     def table(first: int, end: int, reach: int) -> Tensor:
         """Of the query blocks [first, end), and of `reach` units."""
@@ -296,12 +323,12 @@ def open_table(
         return torch.cat([made[:, :, :1], made[:, :, 1:]], 2)
     scores = query.shape[:3].numel() * units.key.shape[2]
     parts = max(min(scores // SCORES, blocks // 2), 1)
-    edges = [i * blocks // parts for i in range(parts + 1)]
-    # Units that no block of the stretch can open are left out, in whole multiples of few.
-    reach = [min(-(-end * rows // size // 16) * 16, count) if is_causal else count for end in edges]
-    return torch.cat(
-        [table(*edge, most) for edge, most in zip(itertools.pairwise(edges), reach[1:])], 2
-    )
+    tables = []
+    for first, end in itertools.pairwise(i * blocks // parts for i in range(parts + 1)):
+        # Units that no block of the stretch can open are left out, in whole multiples of few.
+        reach = min(-(-(past + end * rows) // size // 16) * 16, count) if is_causal else count
+        tables.append(table(first, end, reach))
+    return torch.cat(tables, 2)
 
 
 def openings(

@@ -19,15 +19,7 @@ from torch import Tensor
 from flexdga.attention import _run
 from flexdga.config import DGAConfig
 from flexdga.indexing import compact
-from flexdga.opening import (
-    SCORES,
-    QueryBlocks,
-    Units,
-    openings,
-    surroundings,
-    unit_documents,
-    unit_features,
-)
+from flexdga.opening import Units, in_stretches, surroundings, unit_documents, unit_features
 from flexdga.parallel.collectives import all_gather, all_to_all
 from flexdga.parallel.shards import Shards
 from flexdga.parallel.surroundings import Around
@@ -98,18 +90,14 @@ def open_units(
             around = surroundings(key, first.clamp(min=0), config=config, is_causal=True)
             ahead = begin // config.block_size[1]  # units before the chunk's first key
             around = around._replace(before=around.before + ahead, after=around.after + ahead)
-            blocks = shards.size // rows
-            scores = mine.shape[:3].numel() * features.shape[2]
-            parts = max(min(scores // SCORES, blocks // 2), 1)
-            edges = [i * blocks // parts for i in range(parts + 1)]
-            for part in itertools.starmap(range, itertools.pairwise(edges)):
-                since = _openings(
-                    mine[:, :, part.start * rows : part.stop * rows], around,
-                    Units(features, names), part, begin, chunks.head, config, scale,
-                )  # fmt: skip
-                closed = since == NEVER
-                since = since - chunks.head + c * shards.size
-                table.append(since.masked_fill(closed, NEVER))
+            own = around.of(slice(chunks.head // rows, (chunks.head + shards.size) // rows))
+            since = in_stretches(
+                mine, own, Units(features, names), past=number * shards.size,
+                config=config, is_causal=True, scale=scale, run=_run,
+            )  # fmt: skip
+            closed = since == NEVER
+            since = since - chunks.head + c * shards.size
+            table.append(since.masked_fill(closed, NEVER))
     return torch.cat(table, 2)
 
 
@@ -165,31 +153,3 @@ def fetch(key: Tensor, value: Tensor, need: Tensor, shards: Shards, config: DGAC
 def needed(since: Tensor, kv_heads: int) -> Tensor:
     """(B, Hkv, N) bool: the units that any query of a KV head opens."""
     return (since < NEVER).any(2).unflatten(1, (kv_heads, -1)).any(2)
-
-
-def _openings(
-    query: Tensor,
-    around: QueryBlocks,
-    units: Units,
-    blocks: range,
-    begin: int,
-    head: int,
-    config: DGAConfig,
-    scale: float,
-) -> Tensor:
-    """`opening.openings` of some query blocks of a chunk that starts with token `begin`."""
-    rows, size = config.block_size
-    # Units that no block of the stretch can open are left out, in whole multiples of few.
-    reach = max(begin + head + blocks.stop * rows, size)
-    reach = min(-(-reach // size // 16) * 16, units.first.shape[1])
-    per_unit = units.key.shape[2] // units.first.shape[1]
-    near = Units(
-        units.key[:, :, : reach * per_unit].contiguous(), units.first[:, :reach].contiguous()
-    )
-    some = around.of(slice(blocks.start + head // rows, blocks.stop + head // rows))
-    some = QueryBlocks(*(t.contiguous() for t in some))
-    since: Tensor = _run(
-        openings, query.contiguous(), some, near, config=config, is_causal=True, scale=scale
-    )
-    missing = units.first.shape[1] - since.shape[-1]
-    return torch.nn.functional.pad(since, (0, missing), value=NEVER)

@@ -1,4 +1,4 @@
-"""A transformers model whose attention `flexdga-bench paper` reads, or replaces."""
+"""A transformers model whose attention the benchmarks read, or replace."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .workloads import QKV, check_plain
+from .errors import UsageError
+from .workloads import QKV
 
-NAME = "flexdga_bench_paper"
+NAME = "flexdga_bench"
 Attend = Callable[[QKV], Tensor]
 """From the inputs of a layer's attention to its output, (B, H, L, D)."""
 
@@ -47,7 +48,7 @@ def capture(model: Any, ids: Tensor) -> list[QKV]:
         )
 
     with torch.no_grad(), attended_by(model, attend):
-        model(ids, use_cache=False, logits_to_keep=1)
+        model.base_model(ids, use_cache=False)
     return found
 
 
@@ -64,7 +65,7 @@ def _register() -> None:
         scaling: float | None = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
-        check_plain(module, options)
+        _check_plain(module, options)
         assert _attend is not None and attention_mask is None
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         out = _attend(QKV(query, key, value, scale, module.layer_idx))
@@ -72,3 +73,13 @@ def _register() -> None:
 
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, lambda *_, **__: None)  # plain causal: no mask
+
+
+def _check_plain(module: Any, options: dict[str, Any]) -> None:
+    """Fail if a layer asks of attention what is not plain and causal."""
+    for name in ("sliding_window", "softcap", "s_aux"):
+        if options.get(name) is not None:
+            raise UsageError(
+                f"--model: layer {module.layer_idx} is no plain causal attention, it has "
+                f"{name}={options[name]}; expected a model without"
+            )

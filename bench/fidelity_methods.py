@@ -11,7 +11,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,10 +20,10 @@ from torch import Tensor
 from flexdga import DGAConfig, dga_attention, make_plan
 from flexdga.config import Scope
 
+from .attended import attended_by
 from .errors import UsageError
-from .workloads import check_plain, random_like
+from .workloads import QKV, random_like
 
-NAME = "flexdga_bench_fidelity"
 DENSE = "dense"
 SNAPKV_WINDOW = 64
 FINE = 16
@@ -203,10 +203,6 @@ class Planned:
         return statistics.mean(self.costs) if self.costs else 1.0
 
 
-_attend: Callable[..., Tensor] | None = None
-"""What the registered attention function does at present: transformers keeps only a name."""
-
-
 @contextmanager
 def planned(model: Any, config: DGAConfig | None) -> Iterator[Planned]:
     """Plan every layer of a transformers model by `config`, or leave it dense (None).
@@ -214,51 +210,19 @@ def planned(model: Any, config: DGAConfig | None) -> Iterator[Planned]:
     Planning runs uncompiled, since its compilation, one for each configuration, would take longer
     than a table. Attention itself is compiled and shared.
     """
-    global _attend
     found = Planned()
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def attend(x: QKV) -> Tensor:
         assert config is not None
         begin = time.perf_counter()
         with torch.compiler.set_stance("force_eager"):
-            plan = make_plan(query, key, value, config=config, scale=scale)
+            plan = make_plan(x.query, x.key, x.value, config=config, scale=x.scale)
         found.seconds.append(time.perf_counter() - begin)
         found.costs.append(plan.cost())
-        return dga_attention(query, key, value, config=config, scale=scale, plan=plan)
+        return dga_attention(x.query, x.key, x.value, config=config, scale=x.scale, plan=plan)
 
-    if config is None:
+    with nullcontext() if config is None else attended_by(model, attend):
         yield found
-        return
-    before = model.config._attn_implementation
-    _register()
-    model.set_attn_implementation(NAME)
-    _attend = attend
-    try:
-        yield found
-    finally:
-        _attend = None
-        model.set_attn_implementation(before)
-
-
-@functools.cache
-def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    def attention(
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        **options: Any,
-    ) -> tuple[Tensor, None]:
-        check_plain(module, options)
-        assert _attend is not None and attention_mask is None
-        return _attend(query, key, value, scaling).transpose(1, 2).contiguous(), None
-
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, lambda *_, **__: None)  # plain causal: no mask
 
 
 def prompt_cost(model: Any, prompt: Sequence[int], config: DGAConfig | None) -> float:

@@ -26,9 +26,9 @@ from . import (
     paper_noise,
     paper_sparsity,
 )
+from .attended import capture
 from .errors import UsageError
 from .paper_claim import Claim
-from .paper_model import capture
 from .progress import Stages
 from .report import spell, wrap, write_json
 from .workloads import QKV, default_text, open_model

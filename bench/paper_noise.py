@@ -16,9 +16,9 @@ from flexdga import DGAConfig, Plan, make_plan
 from flexdga.compress import compress, group_weights
 from flexdga.indexing import take_rows
 
+from .attended import attended_by
 from .fidelity_methods import compare, next_token_logits, tail_log_probs
 from .paper_claim import Claim, Finding, Row
-from .paper_model import attended_by
 from .workloads import QKV
 
 SIGMA = 0.1

@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import UsageError
 from .options import check_model_folder, positive_int
-
-_CAPTURE = "flexdga_bench_capture"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,16 +124,6 @@ def random_like(model: Any, length: int) -> list[Tensor]:
     ]
 
 
-def check_plain(module: Any, options: dict[str, Any]) -> None:
-    """Fail if a layer asks of attention what is not plain and causal."""
-    for name in ("sliding_window", "softcap", "s_aux"):
-        if options.get(name) is not None:
-            raise UsageError(
-                f"--model: layer {module.layer_idx} is no plain causal attention, it has "
-                f"{name}={options[name]}; expected a model without"
-            )
-
-
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
     """A local Hugging Face model and the token ids to run it on, checked."""
@@ -182,36 +169,11 @@ class ModelSource:
 
     def capture(self) -> list[QKV]:
         """Run the model once; q, k, v of each chosen layer as attention gets them (rotated)."""
-        from transformers import AttentionInterface, AttentionMaskInterface, AutoModel
+        from transformers import AutoModel
 
-        found: list[QKV] = []
+        from .attended import capture
 
-        def attend(
-            module: Any,
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            attention_mask: Tensor | None,
-            scaling: float | None = None,
-            **options: Any,
-        ) -> tuple[Tensor, None]:
-            check_plain(module, options)
-            if module.layer_idx in self.layers:
-                found.append(QKV(query, key, value, scaling, module.layer_idx))
-            out = F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=scaling,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )  # fmt: skip
-            return out.transpose(1, 2).contiguous(), None
-
-        AttentionInterface.register(_CAPTURE, attend)
-        AttentionMaskInterface.register(_CAPTURE, lambda *_, **__: None)  # plain causal: no mask
-        model = AutoModel.from_pretrained(
-            self.path, dtype=self.dtype, attn_implementation=_CAPTURE, local_files_only=True
-        )
+        model = AutoModel.from_pretrained(self.path, dtype=self.dtype, local_files_only=True)
         model = model.eval().to(self.device)
-        with torch.no_grad():
-            model(torch.tensor([self.tokens], device=self.device), use_cache=False)
-        captured = list(found)
-        found.clear()  # transformers keeps `attend`, which keeps `found`
-        return captured
+        found = capture(model, torch.tensor([self.tokens], device=self.device))
+        return [x for x in found if x.layer in self.layers]

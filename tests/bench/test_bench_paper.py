@@ -16,8 +16,8 @@ from flexdga_bench import (
     paper_noise,
     paper_sparsity,
 )
+from flexdga_bench.attended import capture
 from flexdga_bench.cli import main
-from flexdga_bench.paper_model import capture
 from flexdga_bench.workloads import QKV, open_model
 from tiny_model import save_tiny_model
 

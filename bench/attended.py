@@ -67,8 +67,7 @@ def _register() -> None:
     ) -> tuple[Tensor, None]:
         _check_plain(module, options)
         assert _attend is not None and attention_mask is None
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out = _attend(QKV(query, key, value, scale, module.layer_idx))
+        out = _attend(QKV(query, key, value, scaling, module.layer_idx))
         return out.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(NAME, attention)

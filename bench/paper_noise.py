@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -91,7 +90,7 @@ def slots(x: QKV, config: DGAConfig, queries: Tensor) -> tuple[Seen, Plan, QKV]:
     mass = config.group_bias == "mass"
     key, value, bias = compress(
         query, key, value, plan,
-        weights=config.group_weights, mass=mass, scale=_scale(x),
+        weights=config.group_weights, mass=mass, scale=x.factor,
     )  # fmt: skip
     bias = None if bias is None else bias[0]
     return Seen(key[0], value[0], bias, plan.visible(queries)[0]), plan, whole
@@ -103,7 +102,7 @@ def attention_weights(
     """(H, Q, S) softmax of the scores, with noise of that standard deviation on them."""
     rep = x.query.shape[1] // x.key.shape[1]
     query = x.query[0, :, queries].unflatten(0, (-1, rep))
-    score = query @ seen.key.mT[:, None] * _scale(x)
+    score = query @ seen.key.mT[:, None] * x.factor
     if seen.bias is not None:
         score = score + seen.bias[:, None, None]
     if sigma:
@@ -138,7 +137,7 @@ def weight_changes(
     members = plan.members[0]  # (Hkv, G, m)
     share = group_weights(
         whole.query, whole.key, plan.members, plan.member_score,
-        weights=config.group_weights, scale=_scale(x),
+        weights=config.group_weights, scale=x.factor,
     )[0]  # fmt: skip
     first = plan.num_slots - members.shape[1]
     rep = x.query.shape[1] // x.key.shape[1]
@@ -333,7 +332,3 @@ def draw(claim: Claim, figure: Any) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-
-
-def _scale(x: QKV) -> float:
-    return 1 / math.sqrt(x.query.shape[-1]) if x.scale is None else x.scale

@@ -30,6 +30,11 @@ class QKV:
         return self.query.shape[2]
 
     @property
+    def factor(self) -> float:
+        """What scores are multiplied by: the scale, or 1/√D."""
+        return self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+    @property
     def grouped(self) -> bool:
         """Whether query heads share KV heads."""
         return self.query.shape[1] != self.key.shape[1]

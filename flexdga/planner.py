@@ -111,7 +111,7 @@ def _plan_without_slots(docs: Documents, kv_heads: int, config: DGAConfig, is_ca
     else:
         enters = _takeover(index, config)
         start = torch.where((enters > start) & ~sink, enters, start)
-    return _raw_plan(start, end, kv_heads)
+    return _raw_plan(start, end, kv_heads, config.step)
 
 
 def plan_units(
@@ -158,15 +158,19 @@ def dense_plan(docs: Documents, kv_heads: int, *, is_causal: bool) -> Plan:
     return _raw_plan(start, docs.after, kv_heads)
 
 
-def _raw_plan(start: Tensor, end: Tensor, kv_heads: int) -> Plan:
-    """Raw tokens alone, seen from (B, L) `start` to `end`, alike in all KV heads."""
+def _raw_plan(start: Tensor, end: Tensor, kv_heads: int, step: int = 1) -> Plan:
+    """Raw tokens alone, seen from (B, L) `start` to `end`, alike in all KV heads.
+
+    `step` is the plan's, where the tokens are in whole ones.
+    """
     index = torch.arange(start.shape[1], dtype=torch.int32, device=start.device).expand_as(start)
     none = start.new_full((start.shape[0], kv_heads, 0, 1), -1)
     section = _mark_dead(_Section(index, start, end))
     # The kernel's masks capture them: results of a `cat`, and not of one with nothing, which a
-    # compiler drops.
+    # compiler drops. Cut at a whole step: where positions are divided by a unit, Inductor (torch
+    # 2.13, CPU) splits the loop into units, and leaves the rest of a length out.
     position, start, end = (
-        torch.cat([t[..., :1], t[..., 1:]], -1)
+        torch.cat([t[..., :step], t[..., step:]], -1)
         for t in (part[:, None].expand(-1, kv_heads, -1) for part in section)
     )
     return Plan(start, end, position, none[..., 0], none, none.float())

@@ -81,6 +81,7 @@ class Options(Defaults):
     examples: int
     seed: int
     dtype: torch.dtype
+    device: torch.device
     threads: int | None
     config: DGAConfig | None
     json: str | None
@@ -113,8 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--examples", type=options.positive_int, default=1, metavar="N",
         help="of each task, length and depth (default 1)")  # fmt: skip
     add("--seed", type=int, default=0, help="of the tasks (default 0)")
-    add("--dtype", choices=list(options.DTYPES), default="float32")
-    add("--threads", type=options.positive_int, metavar="N", help="CPU threads (default torch's)")
+    options.add_machine(parser)
     add("--json", metavar="FILE", help="everything with full digits; - for stdout")
     add("--csv", metavar="FILE", help="the rows")
     add("--plot", metavar="FILE.png", help="KL over cost (needs the `plot` extra)")
@@ -150,7 +150,7 @@ def run(arguments: argparse.Namespace) -> int:
     shown = [METHODS[name] for name in chosen.methods]
     report = FidelityReport(
         {
-            "hardware": hardware.device_name(torch.device("cpu")),
+            "hardware": hardware.device_name(chosen.device),
             "threads": torch.get_num_threads(),
             "versions": hardware.versions(),
             "model": f"{chosen.model.name}, {str(chosen.dtype).removeprefix('torch.')}, "
@@ -192,8 +192,9 @@ def _check(a: argparse.Namespace) -> Options:
     config = None if a.config is None else options.parse_config(a.config, dense_below=0)
     return Options(
         **fields | {"texts": len(read)}, model=a.model, read=read, windows=a.windows,
-        examples=a.examples, seed=a.seed, dtype=options.DTYPES[a.dtype], threads=a.threads,
-        config=config, json=a.json, csv=a.csv, plot=a.plot,
+        examples=a.examples, seed=a.seed, dtype=options.DTYPES[a.dtype],
+        device=options.check_device(a.device), threads=a.threads, config=config, json=a.json,
+        csv=a.csv, plot=a.plot,
     )  # fmt: skip
 
 
@@ -230,6 +231,7 @@ def _list_of(kind: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
 def _open(chosen: Options) -> tuple[Any, Encode, list[int]]:
     """The model, its tokenizer, and the special tokens with which texts begin."""
     model, tokenizer = open_model(chosen.model, chosen.dtype)
+    model = model.to(chosen.device)
     limit = getattr(model.config, "max_position_embeddings", None)
     for name in ("lengths", "task_lengths"):
         longest = max(getattr(chosen, name))

@@ -38,7 +38,8 @@ def arguments():
     add("--lr", type=float, default=3e-4, help="after a warm-up; it falls to 0 with the last step")
     add("--train", choices=["all", "qkvo"], default="all", help="qkvo: attention's weights alone")
     add("--attention", choices=["dga", "dense"], default="dga", help="dense: to compare with")
-    add("--bfloat16", action="store_true", help="autocast: faster where a CPU has AMX")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--bfloat16", action="store_true", help="autocast: faster on GPUs, and CPUs with AMX")
     add("--recompute", action="store_true", help="activations in backward: less memory")
     add("--windows", type=int, default=4, help="of the last tenth of each text, held out")
     add("--checkpoint", type=Path, default=Path("finetune.pt"))
@@ -73,7 +74,7 @@ def split(texts, tokenizer, chosen):
         training.append(ids[:-held])
         windows = ids[-held:][: held // chosen.length * chosen.length].view(-1, chosen.length)
         held_out.append(windows[: chosen.windows])
-    return torch.cat(training), torch.cat(held_out)
+    return torch.cat(training).to(chosen.device), torch.cat(held_out).to(chosen.device)
 
 
 def nll(model, windows):
@@ -130,7 +131,7 @@ def draw(state, chosen):
 def main():
     chosen = arguments()
     tokenizer = AutoTokenizer.from_pretrained(chosen.model)
-    model = AutoModelForCausalLM.from_pretrained(chosen.model)
+    model = AutoModelForCausalLM.from_pretrained(chosen.model).to(chosen.device)
     ids, windows = split(read(chosen), tokenizer, chosen)
 
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -142,14 +143,16 @@ def main():
     optimizer = torch.optim.AdamW(trained.values(), lr=chosen.lr, weight_decay=0.0)
     if chosen.recompute:
         model.gradient_checkpointing_enable()
-    precision = torch.autocast("cpu", torch.bfloat16, enabled=chosen.bfloat16)
+    precision = torch.autocast(
+        torch.device(chosen.device).type, torch.bfloat16, enabled=chosen.bfloat16
+    )
 
     # In causal scope no token decides what an earlier one sees: nothing leaks into training.
     config = flexdga.DGAConfig.paper(scope="causal")
     decide = ("attention", "train", "steps", "length", "batch", "lr", "bfloat16")
     settings = {name: getattr(chosen, name) for name in decide}
     if chosen.checkpoint.exists():
-        state = torch.load(chosen.checkpoint)
+        state = torch.load(chosen.checkpoint, map_location=chosen.device)
         if state["settings"] != settings:
             raise SystemExit(f"--checkpoint: it is of {state['settings']}, expected {settings}")
         with torch.no_grad():

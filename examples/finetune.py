@@ -77,11 +77,21 @@ def split(texts, tokenizer, chosen):
     return torch.cat(training).to(chosen.device), torch.cat(held_out).to(chosen.device)
 
 
-def nll(model, windows):
-    """Mean over the tokens of (N, L) windows, in nats."""
+def loss_of(model, windows, chosen):
+    """Mean over the tokens of (N, L) windows, in nats.
+
+    Autocast lasts no longer than this: within it, the weights that it has cast stay as they were.
+    """
+    device = torch.device(chosen.device).type
+    with torch.autocast(device, torch.bfloat16, enabled=chosen.bfloat16):
+        return model(windows, labels=windows, use_cache=False).loss
+
+
+def nll(model, windows, chosen):
+    """`loss_of` held-out windows, one at a time."""
     model.eval()
     with torch.no_grad():
-        losses = [model(w[None], labels=w[None], use_cache=False).loss.item() for w in windows]
+        losses = [loss_of(model, w[None], chosen).item() for w in windows]
     model.train()
     return sum(losses) / len(losses)
 
@@ -143,10 +153,6 @@ def main():
     optimizer = torch.optim.AdamW(trained.values(), lr=chosen.lr, weight_decay=0.0)
     if chosen.recompute:
         model.gradient_checkpointing_enable()
-    precision = torch.autocast(
-        torch.device(chosen.device).type, torch.bfloat16, enabled=chosen.bfloat16
-    )
-
     # In causal scope no token decides what an earlier one sees: nothing leaks into training.
     config = flexdga.DGAConfig.paper(scope="causal")
     decide = ("attention", "train", "steps", "length", "batch", "lr", "bfloat16")
@@ -161,23 +167,22 @@ def main():
         optimizer.load_state_dict(state["optimizer"])
         print(f"resumed after step {state['step']} of {chosen.checkpoint}")
     else:
-        with precision:
-            state = {"settings": settings, "step": 0, "losses": [], "dense": nll(model, windows)}
-            with flexdga.applied(model, config):
-                state["before"] = nll(model, windows)
+        dense = nll(model, windows, chosen)
+        with flexdga.applied(model, config):
+            before = nll(model, windows, chosen)
+        state = {"settings": settings, "step": 0, "losses": [], "dense": dense, "before": before}
         state["curve"] = [(0, state["before" if chosen.attention == "dga" else "dense"])]
     print(f"held-out NLL, dense: {state['dense']:.4f}")
     print(f"held-out NLL, DGA without training: {state['before']:.4f}", flush=True)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     applied = flexdga.applied(model, config) if chosen.attention == "dga" else nullcontext()
-    with applied, precision, Progress(*columns, TimeElapsedColumn()) as bar:
+    with applied, Progress(*columns, TimeElapsedColumn()) as bar:
         task = bar.add_task("training", total=chosen.steps, completed=state["step"])
         model.train()
         begin = time.perf_counter()
         for step in range(state["step"], chosen.steps):
-            windows_of_step = batch_of(step, ids, chosen)
-            loss = model(windows_of_step, labels=windows_of_step, use_cache=False).loss
+            loss = loss_of(model, batch_of(step, ids, chosen), chosen)
             loss.backward()
             for group in optimizer.param_groups:
                 group["lr"] = rate_of(step, chosen)
@@ -188,7 +193,7 @@ def main():
             state["step"] = done = step + 1
             bar.update(task, completed=done, description=f"loss {loss.item():.3f}")
             if done % chosen.look == 0 or done == chosen.steps:
-                state["curve"].append((done, nll(model, windows)))
+                state["curve"].append((done, nll(model, windows, chosen)))
                 seconds = time.perf_counter() - begin
                 print(f"step {done}: held-out NLL {state['curve'][-1][1]:.4f}, {seconds:.0f} s")
             if done % chosen.every == 0 or done == chosen.steps:

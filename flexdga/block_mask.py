@@ -7,12 +7,15 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexdga.indexing import heads_per_kv_head
 from flexdga.plan import NEVER, Plan
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+NARROW = 1 << 15
+"""Key blocks below which both counts of a row fit an int32."""
 
 
 def visible_blocks(
@@ -30,9 +33,11 @@ def visible_blocks(
         part, seen whole. Exclusive.
     """
     query_block, key_block = block_size
-    pad = (0, -plan.num_slots % key_block)
-    start = F.pad(plan.start, pad, value=NEVER).unflatten(-1, (-1, key_block))
-    end = F.pad(plan.end, pad).unflatten(-1, (-1, key_block))
+    start, end = plan.start, plan.end
+    if plan.num_stand_ins:  # raw tokens alone fill their blocks
+        pad = (0, -plan.num_slots % key_block)
+        start, end = F.pad(start, pad, value=NEVER), F.pad(end, pad)
+    start, end = (t.unflatten(-1, (-1, key_block)) for t in (start, end))
     earliest, latest_start = (t[..., None, :] for t in (start.amin(-1), start.amax(-1)))
     earliest_end, latest_end = (t[..., None, :] for t in (end.amin(-1), end.amax(-1)))
     queries = plan.length if queries is None else queries
@@ -44,10 +49,11 @@ def visible_blocks(
     if plan.open is not None:
         rep = heads_per_kv_head(plan.open.shape[1], start.shape[1])
         touched, whole = (t.repeat_interleave(rep, 1) for t in (touched, whole))
+        opened = plan.open
         if plan.num_stand_ins:
             hidden = _slots_of_open_units(plan, key_block)
             whole = whole & ~F.pad(hidden, (plan.length // key_block - 1, 0))
-        opened = F.pad(plan.open, (0, touched.shape[-1] - plan.open.shape[-1]), value=NEVER)
+            opened = F.pad(opened, (0, touched.shape[-1] - opened.shape[-1]), value=NEVER)
         touched = touched | (opened < NEVER)
         own = plan.start[:, :, :queries].unflatten(-1, (-1, query_block)).amax(-1) < NEVER
         real = own.repeat_interleave(rep, 1)[..., None]  # no padding among the queries
@@ -106,7 +112,7 @@ def block_mask(
         blocks = (blocks[0].repeat_interleave(rep, 1), blocks[1].repeat_interleave(rep, 1))
     if table_size is not None:
         blocks = _coarser(*blocks, (table_size[0] // block_size[0], table_size[1] // block_size[1]))
-    part, whole = (_as_table(t) for t in blocks)
+    part, whole = _as_tables(*blocks)
     return BlockMask.from_kv_blocks(
         kv_num_blocks=part[0],
         kv_indices=part[1],
@@ -163,11 +169,20 @@ def _mask_mod(plan: Plan, rep: int, block_size: tuple[int, int]) -> MaskMod:
     return interval_or_open
 
 
-def _as_table(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., Q, KV) bool to how many each row has, and all in order, those first: int32 both."""
-    rank = blocks.cumsum(-1, dtype=torch.int32)
-    count = rank[..., -1:]
-    number = torch.arange(blocks.shape[-1], dtype=torch.int32, device=blocks.device)
-    place = torch.where(blocks, rank - 1, count + number - rank)
-    order = torch.empty_like(rank).scatter(-1, place.long(), number.expand_as(rank))
-    return count.squeeze(-1), order
+def _as_tables(part: Tensor, whole: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Of both (..., Q, KV) bool: how many each row has, and all in order, those first; int32."""
+    # One running count for both, in the halves of a number: no other tensor takes more memory.
+    blocks = part.shape[-1]
+    half, dtype = (32, torch.int64) if guard_or_false(blocks >= NARROW) else (16, torch.int32)
+    torch._check(half == 32 or blocks < NARROW)
+    ranks = (part.to(dtype) + (whole.to(dtype) << half)).cumsum(-1, dtype=dtype)
+    number = torch.arange(blocks, dtype=torch.int32, device=part.device)
+
+    def table(blocks: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
+        count = rank[..., -1:]
+        place = torch.where(blocks, rank - 1, count + number - rank)
+        order = torch.empty_like(rank).scatter(-1, place.long(), number.expand_as(rank))
+        return count.squeeze(-1), order
+
+    low = ranks & ((1 << half) - 1)
+    return table(part, low.int()), table(whole, (ranks >> half).int())

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_planner import layout_arguments, layouts, openers, planners
 
+from flexdga import block_mask as block_masks
 from flexdga import make_plan
 from flexdga.block_mask import block_mask, visible_blocks
 
@@ -93,3 +94,17 @@ def test_larger_blocks_of_tables_hold_what_the_plan_shows(planner, opener, layou
             for j in range(0, small_ones.shape[-1] // columns * columns, columns)
         )
     )
+
+
+def test_tables_of_very_many_blocks_are_the_same(monkeypatch):
+    """Past some number of blocks both counts of a row no longer fit an int32."""
+    plan = make_plan(
+        *qkv(heads=4, length=150), config=small(unit_size=16, open_units=None, open_mass=0.02)
+    )
+    tables = []
+    for narrow in (1 << 15, 4):
+        monkeypatch.setattr(block_masks, "NARROW", narrow)
+        mask = block_mask(plan, 4, (16, 16))
+        tables.append([mask.kv_num_blocks, mask.kv_indices, mask.full_kv_indices])
+    for narrow, wide in zip(*tables):
+        assert narrow.dtype == wide.dtype == torch.int32 and torch.equal(narrow, wide)

@@ -28,10 +28,6 @@ SCORES = 1 << 21
 BEYOND = 60.0
 """A unit's log mass counts as at most so much more than that of all that is near: e^60 of them
 still sum up in float32, and whoever asks for a share asks for such a unit in any case."""
-FAST_BFLOAT16 = any(
-    torch.cpu.get_capabilities().get(name, False) for name in ("amx_bf16", "avx512_bf16")
-)
-"""Whether this CPU multiplies matrices of bfloat16 several times faster than of float32."""
 OUTSIDE = -2
 """In place of the document of a token that is not there: no query's, not even a query's without."""
 BOX_SHARE = 0.3
@@ -43,8 +39,7 @@ class Units(NamedTuple):
     """What estimates need of each unit.
 
     Attributes:
-        key: (B, Hkv, N, 2D) features for `box`, in the dtype of estimates; (B, Hkv, N·U, D) the
-            keys themselves for `exact`.
+        key: (B, Hkv, N, 2D) features for `box`, (B, Hkv, N·U, D) the keys themselves for `exact`.
         first: (B, N) int32 first token of the unit's document; NEVER if the unit holds padding or
             parts of two documents, and so never opens.
     """
@@ -65,7 +60,7 @@ class QueryBlocks(NamedTuple):
             stays open to its end.
         near: (B, 1, T, W) int32, the first token of the document of each token around; OUTSIDE
             where none is, or one that the block may open.
-        near_key: (B, Hkv, T, W, D), their keys, in the dtype of estimates.
+        near_key: (B, Hkv, T, W, D), their keys.
     """
 
     begin: Tensor
@@ -89,16 +84,7 @@ def unit_features(key: Tensor, config: DGAConfig) -> Tensor:
     middle = (1 - BOX_SHARE) * units.mean(3)
     high = BOX_SHARE * units.amax(3) + middle
     low = BOX_SHARE * units.amin(3) + middle
-    return for_estimates(torch.cat([high, low], -1), config)
-
-
-def for_estimates(x: Tensor, config: DGAConfig) -> Tensor:
-    """In the dtype in which `box` estimates: bfloat16 for float32 on a CPU that is made for it.
-
-    Its rounding moves a score by some hundredths, a box is off by more than that.
-    """
-    fast = FAST_BFLOAT16 and x.device.type == "cpu" and x.dtype == torch.float32
-    return x.bfloat16() if fast and config.open_by == "box" else x
+    return torch.cat([high, low], -1)
 
 
 def unit_documents(first: Tensor, config: DGAConfig) -> Tensor:
@@ -125,7 +111,7 @@ def far_log_mass(query: Tensor, units: Tensor, config: DGAConfig, scale: float) 
     if config.open_by == "box":
         # q·corner = Σ max(q_d high_d, q_d low_d), the corner being the best one for this query.
         query = torch.cat([query.clamp(min=0), query.clamp(max=0)], -1)
-    rows = query.reshape(batch, kv_heads, -1, query.shape[-1]).to(units.dtype)
+    rows = query.reshape(batch, kv_heads, -1, query.shape[-1])
     score = (rows @ units.mT).float() * scale
     score = score.view(batch, heads, count, -1)
     if config.open_by == "exact":
@@ -148,7 +134,7 @@ def near_log_mass(
     batch, kv_heads, blocks, width, head_dim = around.near_key.shape
     rows = config.block_size[0]
     q_BGRTID = query.view(batch, kv_heads, -1, blocks, rows, head_dim)
-    q_BGTXD = q_BGRTID.transpose(2, 3).flatten(3, 4).to(around.near_key.dtype)  # X = R·I
+    q_BGTXD = q_BGRTID.transpose(2, 3).flatten(3, 4)  # X = R·I
     score = (q_BGTXD @ around.near_key.mT).float() * scale
     score = score.unflatten(3, (-1, rows))  # (B, G, T, R, I, W)
 
@@ -197,8 +183,7 @@ def surroundings(key: Tensor, first: Tensor, *, config: DGAConfig, is_causal: bo
     at = begin[:, None] - span + torch.arange(width, dtype=torch.int32, device=key.device)
     too_near = (at >= before[:, None] * size) & (at < after[:, None] * size)
     near = torch.where(too_near, windows(first[:, None], OUTSIDE), OUTSIDE)
-    near_key = windows(for_estimates(key, config), 0)
-    return QueryBlocks(begin, before, after, document, near, near_key)
+    return QueryBlocks(begin, before, after, document, near, windows(key, 0))
 
 
 def near_span(config: DGAConfig) -> int:

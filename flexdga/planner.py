@@ -102,12 +102,11 @@ def _plan_without_slots(docs: Documents, kv_heads: int, config: DGAConfig, is_ca
     """Sinks stay raw, the rest is dropped: copies of sinks would fill no key block."""
     index = torch.arange(docs.first.shape[1], dtype=torch.int32, device=docs.first.device)
     leaves, sink = leaves_window(index, config), _sinks(docs, config)
-    # As a minimum, or below a maximum, Inductor (torch 2.13) would make it part of an index, and
-    # fail.
+    # Of minima and maxima Inductor (torch 2.13) would make parts of an index, and fail.
     end = torch.where((leaves < docs.after) & ~sink, leaves, docs.after)
     start = docs.first
     if is_causal:
-        start = torch.maximum(index, start)
+        start = torch.where(index > start, index, start)
     else:
         enters = _takeover(index, config)
         start = torch.where((enters > start) & ~sink, enters, start)
@@ -154,7 +153,7 @@ def group_slots_per_unit(config: DGAConfig) -> int:
 def dense_plan(docs: Documents, kv_heads: int, *, is_causal: bool) -> Plan:
     """Everything raw, nothing grouped: exact dense attention as a plan."""
     index = torch.arange(docs.first.shape[1], dtype=torch.int32, device=docs.first.device)
-    start = torch.maximum(index, docs.first) if is_causal else docs.first
+    start = torch.where(index > docs.first, index, docs.first) if is_causal else docs.first
     return _raw_plan(start, docs.after, kv_heads)
 
 
@@ -166,14 +165,23 @@ def _raw_plan(start: Tensor, end: Tensor, kv_heads: int, step: int = 1) -> Plan:
     index = torch.arange(start.shape[1], dtype=torch.int32, device=start.device).expand_as(start)
     none = start.new_full((start.shape[0], kv_heads, 0, 1), -1)
     section = _mark_dead(_Section(index, start, end))
-    # The kernel's masks capture them: results of a `cat`, and not of one with nothing, which a
-    # compiler drops. Cut at a whole step: where positions are divided by a unit, Inductor (torch
-    # 2.13, CPU) splits the loop into units, and leaves the rest of a length out.
-    position, start, end = (
-        torch.cat([t[..., :step], t[..., step:]], -1)
-        for t in (part[:, None].expand(-1, kv_heads, -1) for part in section)
+    start, end, position = (
+        _stored(part[:, None].expand(-1, kv_heads, -1), step)
+        for part in (section.start, section.end, section.position)
     )
     return Plan(start, end, position, none[..., 0], none, none.float())
+
+
+def _stored(x: Tensor, step: int) -> Tensor:
+    """A copy of (..., L) in memory, as the kernel's masks need what they capture.
+
+    Inductor (torch 2.13) would compute it anew inside the mask, or fail to. On CPU it stores the
+    result of a `cat`, but not of one with nothing, which it drops; cut at a whole step, because it
+    splits loops in which positions are divided into units, and leaves the rest of a length out.
+    Elsewhere it stores what is read with other strides.
+    """
+    x = torch.cat([x[..., :step], x[..., step:]], -1)
+    return x if x.device.type == "cpu" else x.as_strided(x.shape, x.stride())
 
 
 def _focal_of_prompt(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from flexdga import __version__
 
-from . import attention, cuda_check, decode, fidelity, paper, parallel, train
+from . import attention, cuda_check, decode, export, fidelity, paper, parallel, train
 from .errors import UsageError
 
 
@@ -38,6 +38,11 @@ COMMANDS: dict[str, Command] = {
         "time per token and cache size of a model after long prompts, dense against DGACache",
         decode.add_arguments,
         decode.run,
+    ),
+    "export": Command(
+        "a model as a package that needs torch alone: its numbers, its speed, its size",
+        export.add_arguments,
+        export.run,
     ),
     "fidelity": Command(
         "what a model loses at a budget: language modelling and retrieval, method by method",

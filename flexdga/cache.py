@@ -254,7 +254,7 @@ class DGACache(Cache):  # type: ignore[misc]
     def memory(self) -> CacheMemory:
         """Bytes kept by the layers that DGA manages, and what dense attention would keep."""
         parts = [layer.cache.memory() for layer in self.layers if isinstance(layer, DGALayer)]
-        return CacheMemory(sum(p.bytes for p in parts), sum(p.dense_bytes for p in parts))
+        return CacheMemory(*(sum(each) for each in zip((0, 0, 0), *parts)))
 
 
 def dga_decode(

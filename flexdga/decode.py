@@ -38,10 +38,11 @@ HELD = 64
 
 
 class CacheMemory(NamedTuple):
-    """Bytes of a cache, and of the keys and values that dense attention would keep."""
+    """Bytes of a cache, of its slots alone, and of what dense attention would keep."""
 
     bytes: int
     dense_bytes: int
+    slot_bytes: int = 0
 
     @property
     def ratio(self) -> float:
@@ -116,12 +117,13 @@ class LayerCache:
         return 0 if self._buffer is None else self._buffer.batch_size
 
     def memory(self) -> CacheMemory:
-        """Bytes of all that is kept, and of dense keys and values of the same tokens."""
+        """Bytes of all that is kept, of the slots, and of the same tokens' keys and values."""
         if self._buffer is None:
             return CacheMemory(0, 0)
         parts = (self._buffer, self._whole, self._far)
         kept = sum(part.bytes() for part in parts if part is not None)
-        return CacheMemory(kept, self._buffer.bytes_per_token() * self.seen)
+        dense = self._buffer.bytes_per_token() * self.seen
+        return CacheMemory(kept, dense, self._buffer.bytes_per_slot() * self.num_slots)
 
     def attend(
         self,

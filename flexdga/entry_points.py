@@ -70,7 +70,9 @@ class StaticLayer(DGALayer):
             )
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
         if self.state is not None:
-            return step(query, key, value, self.state, self.shared.time(), self.layout, scale)
+            time, seen = self.shared.time, self.shared.seen
+            assert time is not None
+            return step(query, key, value, self.state, time, self.layout, scale, seen)
         length = self.shared.filled_length(key.shape[2], self.layout)
         out, self.state = remember(query, key, value, length, self.layout, scale)
         return out
@@ -80,17 +82,13 @@ class Shared:
     """What all layers of one call need to know of it.
 
     Args:
-        seen: () int64 tokens before a step; None for a prompt.
+        time: () int64 position of a step's token; None for a prompt.
+        seen: the same as a number.
     """
 
-    def __init__(self, seen: Tensor | None = None) -> None:
-        self.seen = seen
+    def __init__(self, time: Tensor | None = None, seen: int | None = None) -> None:
+        self.time, self.seen = time, seen
         self.lengths: dict[int, int] = {}
-
-    def time(self) -> Tensor:
-        """Position of a step's token."""
-        assert self.seen is not None
-        return self.seen
 
     def filled_length(self, length: int, layout: Layout) -> int:
         """A prompt's length in whole steps, one symbol for all layers."""
@@ -141,7 +139,7 @@ class Step(_Entry):
         torch._check(seen >= 1)
         torch._check(seen < self.capacity)
         time = length.clone()
-        shared, tensors = Shared(time), iter(state)
+        shared, tensors = Shared(time, seen), iter(state)
         layers = [
             StaticLayer(layout, shared, {name: next(tensors) for name in layout.names})
             for layout in self.layouts

@@ -177,7 +177,7 @@ def surroundings(key: Tensor, first: Tensor, *, config: DGAConfig, is_causal: bo
         blank = x.new_full((*x.shape[:2], span, *x.shape[3:]), outside)
         x = torch.cat([blank, x] if is_causal else [blank, x, blank], 2)
         # Not `unfold`, which computes T from the length: a compiler would not see that it is T.
-        shape = (*x.shape[:2], len(begin), width, *x.shape[3:])
+        shape = (*x.shape[:2], begin.shape[0], width, *x.shape[3:])
         return x.as_strided(shape, (*x.stride()[:2], rows * x.stride(2), *x.stride()[2:]))
 
     at = begin[:, None] - span + torch.arange(width, dtype=torch.int32, device=key.device)

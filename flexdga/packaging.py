@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import logging
 import os
 import sys
+import time
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import sizevars
+from torch._inductor.codegen import cpp
 from torch._inductor.package.package import load_package, package_aoti
 from torch.export import Dim, ExportedProgram, ShapesCollection
 
 from flexdga import cpu_kernel
 from flexdga.lowering import OPERATOR, lower
+
+_log = logging.getLogger("flexdga")
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
@@ -36,7 +45,8 @@ def export(
 
     The file is an AOTInductor package, for this machine's kind of processor: `flexdga.load` runs
     it, as `torch._inductor.aoti_load_package` and C++'s `AOTIModelPackageLoader` do. It holds the
-    weights, and is made without gradients. Of a transformers model it is a prefill without a
+    weights, and is made without gradients. Its inputs are to be contiguous, as AOTInductor expects
+    without a check. Of a transformers model it is a prefill without a
     cache, whose only result is the first one of the model: the logits of a language model.
 
     With `dynamic`, batch and length are those of each call. There is then no branch on
@@ -99,7 +109,7 @@ def export(
             program = torch.export.export(_prefill(model), args, kwargs, dynamic_shapes=shapes)
             _check_uses_dga(model, program)
             programs = {"model": program}
-        files = {name: _compiled(program, options) for name, program in programs.items()}
+        files = {name: _compiled(name, program, options) for name, program in programs.items()}
         package_aoti(str(target), files)
     return target
 
@@ -154,15 +164,37 @@ def _like(fake: Tensor, batch: int) -> Tensor:
     return torch.zeros(shape, dtype=fake.dtype, device=fake.device)
 
 
-def _compiled(program: ExportedProgram, options: Mapping[str, Any] | None) -> Any:
+def _compiled(name: str, program: ExportedProgram, options: Mapping[str, Any] | None) -> Any:
     """The files that AOTInductor makes of a program."""
+    began = time.perf_counter()
+    _log.info("flexdga.export: lowering %s, %d nodes", name, len(program.graph.nodes))
     lowered = lower(program)
     assert lowered.example_inputs is not None  # of torch.export
     args, kwargs = lowered.example_inputs
     chosen = dict(options or {}) | {"aot_inductor.package": True}
-    return torch._inductor.aot_compile(
-        lowered.module(check_guards=False), args, kwargs, options=chosen
-    )
+    _log.info("flexdga.export: compiling %s, %d nodes", name, len(lowered.graph.nodes))
+    with _long_memory():
+        files = torch._inductor.aot_compile(
+            lowered.module(check_guards=False), args, kwargs, options=chosen
+        )
+    _log.info("flexdga.export: %s took %.0f s", name, time.perf_counter() - began)
+    return files
+
+
+@contextlib.contextmanager
+def _long_memory() -> Iterator[None]:
+    """Inductor (torch 2.13) forgets an index after 128 more; the layers of a model repeat them."""
+    with contextlib.ExitStack() as stack:
+        for name in ("stride_at", "simplify_index_in_vec_range", "stride_at_vec_range"):
+            whole = functools.cache(getattr(sizevars, name).__wrapped__)
+            stack.enter_context(patch.object(sizevars, name, whole))
+            if hasattr(cpp, name):
+                stack.enter_context(patch.object(cpp, name, whole))
+        yield
+        _log.info(
+            "flexdga.export: strides of indices: %s",
+            vars(sizevars)["stride_at_vec_range"].cache_info(),
+        )
 
 
 class _Prefill(nn.Module):

@@ -95,7 +95,9 @@ def test_prompt_and_step_generate_the_models_tokens(name, eager):
     assert length == 160
 
 
-@pytest.mark.parametrize(("name", "dynamic"), [("window", False), ("dense", True)])
+@pytest.mark.parametrize(
+    ("name", "dynamic"), [("window", False), ("dense", True), ("openings", True)]
+)
 def test_the_exported_programs_generate_the_models_tokens_uncompiled(name, dynamic, eager):
     from flexdga.packaging import _dynamic, _generation
 

@@ -98,6 +98,30 @@ def test_example_context_parallel(tmp_path):
     assert "chunk   0  1  2  3\nrank    0  1  1  0" in run.stdout
 
 
+def table(lines):
+    """Rows of a printed table by their first column."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_example_quantize_eager():
+    command = [sys.executable, ROOT / "examples" / "quantize.py", "--length", "500"]
+    run = subprocess.run(
+        [*command, "--ways", "eager"], capture_output=True, text=True,
+        env=os.environ | {"TORCHDYNAMO_DISABLE": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    weights, slots = (table(part.splitlines()) for part in run.stdout.split("\n\n"))
+    for name in ("int8", "int8-dynamic"):
+        assert float(weights[name][1]) < 0.6 * float(weights["float32"][1])  # MiB
+        # Weights of 8 bits are off by .3 %; random weights on random tokens lose next to nothing.
+        assert float(weights[name][2]) == pytest.approx(float(weights["float32"][2]), rel=2e-3)
+        assert weights[name][2] != weights["float32"][2]
+    _, share, _, loss, _ = slots["int8"]
+    assert 0.25 < float(share) <= 0.27
+    assert float(loss) == pytest.approx(float(slots["float32"][3]), rel=2e-3)
+
+
 def test_the_readme_names_both_commands():
     text = (ROOT / "README.md").read_text()
     assert "pip install -e . && flexdga-bench" in text

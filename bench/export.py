@@ -1,0 +1,304 @@
+"""The subcommand `export`: a model as a package that needs torch alone, checked and timed.
+
+One text of random tokens is read and continued by every way to run the model: as a prompt, then
+token by token. The numbers of the package come from a process that imports torch alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import flexdga
+from flexdga import DGAConfig
+from flexdga.static_layout import Layout
+
+from . import hardware, options
+from .errors import UsageError
+from .export_report import ExportReport, ExportRow, Made
+from .export_ways import Way, eager, exported
+from .progress import Stages
+
+LENGTHS = (512, 1024, 2048)
+QUICK_LENGTHS = (65, 130, 200)
+EXAMPLE = (2, 100)
+"""Batch and length of the example at export; no other call has them."""
+BATCHES = (1, 3)
+TOKENS, QUICK_TOKENS = 32, 4
+PROMPTS = 3
+"""Timed prompts of each length and method."""
+TOLERANCE = 1e-4
+"""Relative error allowed of float32 logits: a few hundred units of 6e-8, for sums of thousands of
+products through all layers. An opening that falls the other way is more, and is then reported."""
+DGA, DENSE = "dga", "dense"
+SHOWN = {DGA: "DGA", DENSE: "dense"}
+CPU = torch.device("cpu")
+CHECK = """
+import sys, torch
+from torch._inductor.package import load_package
+prefill, decode = (load_package(sys.argv[1], name) for name in ("prefill", "decode"))
+answers = []
+for tokens, following in torch.load(sys.argv[2]):
+    logits, *state = prefill(tokens)
+    steps = [decode(token.contiguous(), *state) for token in following.split(1, 1)]
+    answers.append(torch.cat([logits, *steps], 1))
+torch.save(answers, sys.argv[3])
+assert not {"flexdga", "transformers", "score_mods"} & set(sys.modules)
+"""
+
+Asked = dict[tuple[int, int], tuple[Tensor, Tensor]]
+"""By length and batch: a prompt (B, L), and the tokens (B, T) that follow it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Checked options."""
+
+    model: Path
+    attention: tuple[str, ...]
+    lengths: tuple[int, ...]
+    tokens: int
+    capacity: int
+    layers: int | None
+    threads: int | None
+    seed: int
+    config: DGAConfig
+    tolerance: float
+    json: str | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `flexdga-bench export`."""
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="FOLDER", help="a local Hugging Face model")
+    add(
+        "--attention", nargs="+", choices=list(SHOWN), default=list(SHOWN),
+        help="what is exported (default both)",
+    )  # fmt: skip
+    add("--layers", type=options.positive_int, metavar="N", help="its first N layers alone")
+    add(
+        "--lengths", type=options.lengths, metavar="L,L,...",
+        help=f"tokens of a prompt (default {','.join(map(str, LENGTHS))})",
+    )  # fmt: skip
+    add("--tokens", type=options.positive_int, metavar="N",
+        help=f"decoded after each prompt (default {TOKENS})")  # fmt: skip
+    add("--capacity", type=options.positive_int, metavar="N",
+        help="tokens that the package has room for (default as many as are needed)")  # fmt: skip
+    quick = ",".join(map(str, QUICK_LENGTHS))
+    add("--quick", action="store_true",
+        help=f"short prompts ({quick}), {QUICK_TOKENS} tokens")  # fmt: skip
+    add("--threads", type=options.positive_int, metavar="N", help="CPU threads (default torch's)")
+    add("--seed", type=int, default=0)
+    add(
+        "--config", nargs="+", default=[], metavar="KEY=VALUE",
+        help="fields of DGAConfig, or preset=NAME. Without them DGAConfig's defaults, but "
+        "dense_below=0",
+    )  # fmt: skip
+    add("--tolerance", type=float, default=TOLERANCE, metavar="X",
+        help=f"relative error beyond which the command fails (default {TOLERANCE})")  # fmt: skip
+    add("--json", metavar="FILE", help="everything with full digits; - for stdout")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Export, check, measure, print the tables, write the file; 1 if a number is off."""
+    begin = time.perf_counter()
+    chosen = _check(arguments)
+    if chosen.threads is not None:
+        torch.set_num_threads(chosen.threads)
+    model = _open(chosen)
+    stages = Stages(2 * len(chosen.attention) + len(chosen.lengths))
+    with stages, tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        made, rows = _measure(model, chosen, Path(folder), stages)
+    report = ExportReport(
+        {
+            "hardware": hardware.device_name(CPU),
+            "threads": torch.get_num_threads(),
+            "versions": hardware.versions(),
+            "model": f"{chosen.model.name}, {model.config.num_hidden_layers} layers, float32",
+            "DGAConfig": options.non_default_fields(chosen.config),
+            "exported at": f"batch {EXAMPLE[0]}, {EXAMPLE[1]} tokens, with room for "
+            f"{chosen.capacity}",
+            "read": f"random tokens, seed {chosen.seed}; {PROMPTS} prompts, then {chosen.tokens} "
+            "tokens, methods in turn",
+            "wall time": f"{time.perf_counter() - begin:.0f} s",
+        },
+        made,
+        rows,
+    )
+    print(report.text(), file=sys.stderr if chosen.json == "-" else sys.stdout)
+    report.write(chosen.json)
+    worst = max(row.error or 0.0 for row in rows)
+    if not worst <= chosen.tolerance:
+        print(f"error: {worst:.1e} is more than --tolerance {chosen.tolerance}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _check(a: argparse.Namespace) -> Options:
+    """Everything that can be wrong, found before anything runs."""
+    options.check_model_folder(a.model)
+    options.check_outputs(a.json, None, None)
+    lengths = a.lengths or (QUICK_LENGTHS if a.quick else LENGTHS)
+    if EXAMPLE[1] in lengths or min(lengths) < 2:
+        raise UsageError(
+            f"--lengths: expected at least 2 and not {EXAMPLE[1]}, the length at export, got "
+            f"{','.join(map(str, lengths))}"
+        )
+    tokens = a.tokens or (QUICK_TOKENS if a.quick else TOKENS)
+    config = options.parse_config(a.config, dense_below=0)
+    return Options(
+        model=a.model, attention=tuple(dict.fromkeys(a.attention)), lengths=lengths, tokens=tokens,
+        capacity=_capacity(a.capacity, lengths[-1] + tokens, config), layers=a.layers,
+        threads=a.threads, seed=a.seed, config=config,
+        tolerance=a.tolerance, json=a.json,
+    )  # fmt: skip
+
+
+def _capacity(asked: int | None, need: int, config: DGAConfig) -> int:
+    """Room for `need` tokens in whole steps of the plan, or what was asked for if it is that."""
+    step = math.lcm(config.step, dataclasses.replace(config, scope="causal").step)
+    capacity = max(-(-max(need, EXAMPLE[1]) // step), 2) * step if asked is None else asked
+    if capacity < need:
+        raise UsageError(
+            f"--capacity {capacity}: expected room for the longest of --lengths and --tokens, "
+            f"{need}"
+        )
+    try:
+        Layout(config, capacity)
+    except NotImplementedError as error:
+        raise UsageError(f"--config: {error}") from error
+    except ValueError as error:
+        raise UsageError(f"--capacity: {error}") from error
+    return capacity
+
+
+def _open(chosen: Options) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config: Any = AutoConfig.from_pretrained(chosen.model, local_files_only=True)
+    if chosen.layers is not None:
+        config.num_hidden_layers = min(chosen.layers, config.num_hidden_layers)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        chosen.model, config=config, dtype=torch.float32, local_files_only=True
+    )
+    return model.eval()
+
+
+def _measure(
+    model: Any, chosen: Options, folder: Path, stages: Stages
+) -> tuple[list[Made], list[ExportRow]]:
+    torch.manual_seed(chosen.seed)
+    asked = {
+        (length, batch): (_tokens(model, batch, length), _tokens(model, batch, chosen.tokens))
+        for length in chosen.lengths
+        for batch in BATCHES
+    }
+    ways: list[Way] = []
+    made: list[Made] = []
+    errors: dict[tuple[str, int], float] = {}
+    for attention in chosen.attention:
+        config = chosen.config if attention == DGA else DGAConfig.dense()
+        name, path = SHOWN[attention], folder / f"{attention}.pt2"
+        python = eager(f"{name} eager", model, config)
+        with flexdga.applied(model, config):
+            stages.begin(f"{name}: export")
+            example = _tokens(model, *EXAMPLE)
+            package, of_export = exported(
+                f"{name} exported", model, example, path, chosen.capacity, stages
+            )
+            made.append(of_export)
+            stages.end()
+        stages.begin(f"{name}: check")
+        for length, error in _errors(path, asked, python).items():
+            errors[package.name, length] = error
+        stages.end()
+        ways += [package, python]
+    rows: list[ExportRow] = []
+    for length in chosen.lengths:
+        stages.begin(f"L = {length}: timing")
+        rows += _at_length(length, *asked[length, BATCHES[0]], ways, errors)
+        stages.end()
+    return made, rows
+
+
+def _tokens(model: Any, batch: int, length: int) -> Tensor:
+    return torch.randint(model.config.vocab_size, (batch, length))
+
+
+# What they say, and how fast
+
+
+def _errors(path: Path, asked: Asked, python: Way) -> dict[int, float]:
+    """By length, of a new process: the worst batch's relative error, prompt and tokens together."""
+    question, answer = path.with_name("asked.pt"), path.with_name("answered.pt")
+    torch.save(list(asked.values()), question)
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK, path, question, answer], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"the package does not run with torch alone:\n{done.stderr}")
+    errors: dict[int, float] = {}
+    with python.ready():
+        for (length, _), (tokens, following), got in zip(asked, asked.values(), torch.load(answer)):
+            logits, state = python.prompt(tokens)
+            steps = [python.step(token, state) for token in following.split(1, 1)]
+            error = relative_error(got, torch.cat([logits, *steps], 1))
+            errors[length] = max(errors.get(length, 0.0), error)
+    return errors
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Of Frobenius norms; infinite where something is no number, so that it exceeds any other."""
+    error = float((got - want).norm() / want.norm())
+    return math.inf if math.isnan(error) else error
+
+
+def _at_length(
+    length: int, tokens: Tensor, following: Tensor, ways: list[Way],
+    errors: dict[tuple[str, int], float],
+) -> list[ExportRow]:  # fmt: skip
+    """Prompts in turn, then the tokens that follow in turn; the first of each is not counted."""
+    states: dict[str, Any] = {}
+    prompt_ms: dict[str, list[float]] = {way.name: [] for way in ways}
+    token_ms: dict[str, list[float]] = {way.name: [] for way in ways}
+    for _ in range(PROMPTS + 1):
+        for way in ways:
+            with way.ready():
+                began = time.perf_counter()
+                _, states[way.name] = way.prompt(tokens)
+                prompt_ms[way.name].append(1e3 * (time.perf_counter() - began))
+    for token in following.split(1, 1):
+        for way in ways:
+            with way.ready():
+                began = time.perf_counter()
+                way.step(token, states[way.name])
+                token_ms[way.name].append(1e3 * (time.perf_counter() - began))
+    rows = []
+    for way in ways:
+        prompts, steps = prompt_ms[way.name][1:], token_ms[way.name][1:] or token_ms[way.name]
+        rows.append(
+            ExportRow(
+                length=length,
+                method=way.name,
+                prompt_ms=statistics.median(prompts),
+                prompt_min_ms=min(prompts),
+                prompt_max_ms=max(prompts),
+                token_ms=statistics.median(steps),
+                token_min_ms=min(steps),
+                token_max_ms=max(steps),
+                tokens_per_s=1e3 / statistics.median(steps),
+                error=errors.get((way.name, length)),
+            )
+        )
+    return rows

@@ -12,7 +12,6 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -183,18 +182,24 @@ def _compiled(name: str, program: ExportedProgram, options: Mapping[str, Any] | 
 
 @contextlib.contextmanager
 def _long_memory() -> Iterator[None]:
-    """Inductor (torch 2.13) forgets an index after 128 more; the layers of a model repeat them."""
-    with contextlib.ExitStack() as stack:
-        for name in ("stride_at", "simplify_index_in_vec_range", "stride_at_vec_range"):
-            whole = functools.cache(getattr(sizevars, name).__wrapped__)
-            stack.enter_context(patch.object(sizevars, name, whole))
-            if hasattr(cpp, name):
-                stack.enter_context(patch.object(cpp, name, whole))
+    """Inductor (torch 2.13) forgets an index after 128 more; the layers of a model repeat them.
+
+    Of 30 layers' prompt and step it asked for 27873 strides, 351 of which differ.
+    """
+    forgetful = [
+        (module, name)
+        for name in ("stride_at", "simplify_index_in_vec_range", "stride_at_vec_range")
+        for module in (sizevars, cpp)
+        if hasattr(getattr(module, name, None), "__wrapped__")
+    ]
+    before = [getattr(module, name) for module, name in forgetful]
+    try:
+        for (module, name), short in zip(forgetful, before):
+            setattr(module, name, functools.cache(short.__wrapped__))
         yield
-        _log.info(
-            "flexdga.export: strides of indices: %s",
-            vars(sizevars)["stride_at_vec_range"].cache_info(),
-        )
+    finally:
+        for (module, name), short in zip(forgetful, before):
+            setattr(module, name, short)
 
 
 class _Prefill(nn.Module):

@@ -94,7 +94,7 @@ def remember(
 
 def step(
     query: Tensor, key: Tensor, value: Tensor, state: State, time: Tensor, layout: Layout,
-    scale: float, seen: int | None = None,
+    scale: float, past: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of the next token to all so far, itself included; `state` is changed in place.
 
@@ -106,7 +106,7 @@ def step(
         time: () int64, tokens before this one.
         layout: of the layer.
         scale: of the scores.
-        seen: `time` as a number, where the caller has it: a compiler takes each reading of a
+        past: `time` as a number, where the caller has it: a compiler takes each reading of a
             tensor for another number, and layers are many.
 
     Returns:
@@ -116,7 +116,7 @@ def step(
     _write(state["key"], at, key)
     _write(state["value"], at, value)
     if layout.dense:
-        count: Any = (time.item() if seen is None else seen) + 1
+        count: Any = (time.item() if past is None else past) + 1
         torch._check(count >= 2)
         torch._check(count <= layout.capacity)
         keys, values = (state[name].narrow(2, 0, count) for name in ("key", "value"))

@@ -25,8 +25,9 @@ def export(folder, capsys, *more):
     return shown, json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_export(tmp_path, capsys):
-    """The dense model alone: its package is made, loaded elsewhere and timed in seconds."""
+    """The dense model alone: its package is made, loaded elsewhere and timed."""
     shown, found = export(
         tmp_path, capsys, "--quick", "--attention", "dense", "--lengths", "65,130"
     )

@@ -44,8 +44,8 @@ def well(outcome: Outcome) -> None:
 
 @needs_triton
 def test_compiles_for_h100():
-    """The default config, forward with 1:3 heads and with gradients."""
-    cases = [Case("attend", "opens", ratio=3, backward=True)]
+    """The default config in a caller's graph, planner and all, with 1:3 heads and gradients."""
+    cases = [Case("graph", "opens", ratio=3, backward=True)]
     for outcome in cuda_check.check("sm_90", cases):
         well(outcome)
         assert {made.part for made in outcome.kernels} == {"forward", "backward", "other"}

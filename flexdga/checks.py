@@ -64,7 +64,7 @@ def check_inputs(
         raise ValueError(f"value: expected a head_dim of at least 1, got {_shape(value)}")
     if not is_causal and config.scope == "causal":
         raise ValueError("is_causal: expected True with config.scope='causal', got False")
-    if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
+    if scale is not None and not (isinstance(scale, (int, float)) and abs(scale) < math.inf):
         raise ValueError(f"scale: expected a finite number or None, got {scale!r}")
     if score_mod is not None and not callable(score_mod):
         raise TypeError(f"score_mod: expected a callable, got {type(score_mod).__name__}")

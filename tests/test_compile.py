@@ -76,6 +76,21 @@ def test_a_users_compile_captures_one_graph():
         assert relative_error(got, layer(*inputs)) < TOLERANCE[torch.float32]
 
 
+def test_a_users_compile_takes_the_scale_for_a_symbol():
+    """As it does with what a model computes from its sizes."""
+    config = small()
+
+    def call(query, key, value, scale):
+        return dga_attention(query, key, value, config=config, scale=scale)
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="eager")
+    inputs = qkv(1, 4, 2, 150)
+    for scale in (0.2, 0.3):
+        got = compiled(*inputs, scale)
+        with torch.compiler.set_stance("force_eager"):
+            assert relative_error(got, call(*inputs, scale)) < TOLERANCE[torch.float32]
+
+
 @pytest.mark.slow
 def test_a_users_compile_serves_every_length():
     """In two graphs: lengths that fill whole steps of the plan need no padding."""

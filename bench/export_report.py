@@ -9,9 +9,8 @@ from typing import Any
 from .report import number, spell, table, wrap, write_json
 
 LEGEND = {
-    "exported": "the package, prompt and decode step as its two entry points. eager: the "
-    " model in Python over a DGACache, whose attention alone is "
-    "compiled.",
+    "exported": "the package, prompt and decode step as its two entry points. eager: the model in "
+    "Python over a DGACache, whose attention alone is compiled.",
     "dense": "the model with dense attention, exported in the same way.",
     "prompt ms": "a prompt of one row, to the logits after it; median of calls in turn, ± half "
     "the distance from the fastest to the slowest. token ms: each token after it.",

@@ -63,8 +63,7 @@ def coded(x: QKV, length: int, m: int, start: int) -> tuple[Tensor, Tensor, Tens
     key = x.key[0, :, here].double().unflatten(1, (-1, m))
     rep = x.query.shape[1] // x.key.shape[1]
     last = x.query[0, :, here].double()[:, m - 1 :: m].unflatten(0, (-1, rep))
-    scale = x.factor
-    score = torch.einsum("hrgd,hgmd->hrgm", last, key) * scale
+    score = torch.einsum("hrgd,hgmd->hrgm", last, key) * x.factor
     share = score.softmax(-1).mean(1)
     return value, shared, (share[..., None] * members).sum(2)
 

@@ -82,8 +82,7 @@ def of_layer(x: QKV, length: int, generator: torch.Generator) -> dict[str, float
     rep = x.query.shape[1] // x.key.shape[1]
     query = x.query[0, :, length - last : length].float()
     key = x.key[0, :, :length].float().repeat_interleave(rep, 0)
-    scale = x.factor
-    score = query @ key.mT * scale
+    score = query @ key.mT * x.factor
     context = torch.arange(length - last, length) + 1
     seen = torch.arange(length) < context[:, None]
     spread = _spread(score, seen)

@@ -153,6 +153,7 @@ def main():
     optimizer = torch.optim.AdamW(trained.values(), lr=chosen.lr, weight_decay=0.0)
     if chosen.recompute:
         model.gradient_checkpointing_enable()
+
     # In causal scope no token decides what an earlier one sees: nothing leaks into training.
     config = flexdga.DGAConfig.paper(scope="causal")
     decide = ("attention", "train", "steps", "length", "batch", "lr", "bfloat16")

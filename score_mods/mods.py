@@ -30,7 +30,7 @@ def alibi(slopes: Tensor) -> ScoreMod:
     """Score − slope_h · |q − kv|: attention with linear biases (arXiv 2108.12409).
 
     Args:
-        slopes: (H,) floating point, one per query head; see `alibi_slopes`.
+        slopes: (H,) floating point, one per query head.
     """
     _check("slopes", slopes, 1)
 

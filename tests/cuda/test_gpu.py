@@ -32,7 +32,6 @@ CONFIGS = {
     "dense": DGAConfig.dense(),
 }
 LENGTHS = (1000, 3001)
-TENSOR_CORES = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
 def on_gpu(*tensors: Tensor) -> list[Tensor]:
@@ -55,7 +54,7 @@ def test_forward(name, heads, dtype):
         inputs = on_gpu(*qkv(2, *heads, length, 64, dtype))
         out, plan = dga_attention(*inputs, config=config, return_plan=True)
         assert out.device == inputs[0].device and out.dtype == dtype
-        assert relative_error(out, wanted(inputs, config, plan)) < TENSOR_CORES[dtype]
+        assert relative_error(out, wanted(inputs, config, plan)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("name", ["default", "small"])
@@ -65,7 +64,7 @@ def test_head_dims(name, head_dim):
     config = CONFIGS[name]
     inputs = on_gpu(*qkv(1, 4, 2, 1500, head_dim, torch.bfloat16))
     out, plan = dga_attention(*inputs, config=config, return_plan=True)
-    assert relative_error(out, wanted(inputs, config, plan)) < TENSOR_CORES[torch.bfloat16]
+    assert relative_error(out, wanted(inputs, config, plan)) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("name", ["default", "groups"])
@@ -79,7 +78,7 @@ def test_padding_and_documents(name):
     ):  # fmt: skip
         layout = {k: v.cuda() for k, v in layout.items()}
         out, plan = dga_attention(*inputs, config=config, return_plan=True, **layout)
-        assert relative_error(out, wanted(inputs, config, plan)) < TENSOR_CORES[torch.float16]
+        assert relative_error(out, wanted(inputs, config, plan)) < TOLERANCE[torch.float16]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -88,16 +87,15 @@ def test_padding_and_documents(name):
 def test_backward(name, heads, dtype, monkeypatch):
     monkeypatch.setattr(flexdga.attention, "_said", {"leak"})
     config = CONFIGS[name]
-    for length in LENGTHS[:1]:
-        inputs = on_gpu(*qkv(1, *heads, length, 64, dtype))
-        with torch.no_grad():
-            plan = make_plan(*inputs, config=config)
-        direction = torch.randn(inputs[0].shape).cuda()
-        out, got = gradients(lambda *x: dga_attention(*x, config=config), inputs, direction)
-        want_out, want = gradients(oracle(plan, config), inputs, direction)
-        assert relative_error(out, want_out) < TENSOR_CORES[dtype]
-        for g, w in zip(got, want):
-            assert relative_error(g, w) < TENSOR_CORES[dtype]
+    inputs = on_gpu(*qkv(1, *heads, LENGTHS[0], 64, dtype))
+    with torch.no_grad():
+        plan = make_plan(*inputs, config=config)
+    direction = torch.randn(inputs[0].shape).cuda()
+    out, got = gradients(lambda *x: dga_attention(*x, config=config), inputs, direction)
+    want_out, want = gradients(oracle(plan, config), inputs, direction)
+    assert relative_error(out, want_out) < TOLERANCE[dtype]
+    for g, w in zip(got, want):
+        assert relative_error(g, w) < TOLERANCE[dtype]
 
 
 def test_gradients_of_a_score_mod():
@@ -109,7 +107,7 @@ def test_gradients_of_a_score_mod():
         lambda mod: dga_attention(*inputs, config=config, score_mod=mod),
         lambda mod: wanted(inputs, config, plan, score_mod=mod),
     ):
-        slopes = score_mods.alibi_slopes(4).cuda().requires_grad_()
+        slopes = torch.rand(4).cuda().requires_grad_()
         call(score_mods.alibi(slopes)).double().square().sum().backward()
         found.append(slopes.grad)
     assert relative_error(*found) < 0.01

@@ -19,7 +19,7 @@ from .cuda_pretend import ARCHITECTURES, build_shim, why_not
 from .cuda_worker import Kernel, Outcome
 from .errors import UsageError
 from .progress import Stages
-from .report import number, spell, table, wrap, write_json
+from .report import listed, number, table, wrap, write_json
 
 LEGEND = {
     "case": "attend: compression, block mask and kernel, with a plan that is given; call: "
@@ -49,7 +49,7 @@ class CheckReport:
 
     def text(self) -> str:
         """Header, a table for each architecture, problems, legend."""
-        parts = ["\n".join(wrap(f"{key}: {spell(value)}") for key, value in self.header.items())]
+        parts = [listed(self.header)]
         for name, found in self.outcomes.items():
             lines = [line for outcome in found for line in _lines(outcome)]
             title = f"{name} ({ARCHITECTURES[name].name}"
@@ -58,7 +58,7 @@ class CheckReport:
             problems = [f"- {o.case}: {problem}" for o in found for problem in o.problems]
             if problems:
                 parts.append("\n".join([f"Problems on {name}", *map(wrap, problems)]))
-        parts.append("\n".join(wrap(f"{key}: {text}") for key, text in LEGEND.items()))
+        parts.append(listed(LEGEND))
         count = sum(len(found) for found in self.outcomes.values())
         bad = sum(bool(o.problems) for found in self.outcomes.values() for o in found)
         parts.append(

@@ -7,7 +7,7 @@ import dataclasses
 from itertools import groupby
 from typing import Any
 
-from .report import number, spell, table, wrap, write_json
+from .report import listed, number, table, write_json
 
 LEGEND = {
     "dynamic, static": "transformers' DynamicCache and StaticCache, with its SDPA attention. DGA: "
@@ -49,10 +49,10 @@ class DecodeReport:
 
     def text(self) -> str:
         """Header, tables and legend."""
-        parts = ["\n".join(wrap(f"{key}: {spell(value)}") for key, value in self.header.items())]
+        parts = [listed(self.header)]
         for length, rows in groupby(self.rows, key=lambda row: row.length):
             parts.append(f"{length} tokens of context\n{table([_line(row) for row in rows])}")
-        parts.append("\n".join(wrap(f"{key}: {text}") for key, text in LEGEND.items()))
+        parts.append(listed(LEGEND))
         return "\n\n".join(parts)
 
     def write(self, json_path: str | None, csv_path: str | None, plot_path: str | None) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from itertools import groupby
 from typing import Any
 
-from .report import number, spell, table, wrap, write_json
+from .report import listed, number, table, write_json
 
 LEGEND = {
     "exported": "the package, prompt and decode step as its two entry points. eager: the model in "
@@ -57,11 +57,11 @@ class ExportReport:
 
     def text(self) -> str:
         """Header, tables and legend."""
-        parts = ["\n".join(wrap(f"{key}: {spell(value)}") for key, value in self.header.items())]
+        parts = [listed(self.header)]
         parts.append(table([_made_line(made) for made in self.made]))
         for length, rows in groupby(self.rows, key=lambda row: row.length):
             parts.append(f"L = {length}\n{table([_line(row) for row in rows])}")
-        parts.append("\n".join(wrap(f"{key}: {text}") for key, text in LEGEND.items()))
+        parts.append(listed(LEGEND))
         return "\n\n".join(parts)
 
     def write(self, json_path: str | None) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any, TypeVar
 
-from .report import number, spell, table, wrap, write_json
+from .report import listed, number, table, wrap, write_json
 
 DEPTHS_SHOWN = 4
 LM_LEGEND = {
@@ -85,7 +85,7 @@ class FidelityReport:
 
     def text(self) -> str:
         """Header, tables and legend."""
-        parts = ["\n".join(wrap(f"{key}: {spell(value)}") for key, value in self.header.items())]
+        parts = [listed(self.header)]
         for (text, length), lm in groupby(self.lm, key=lambda row: (row.text, row.length)):
             parts += _lm_tables(text, length, list(lm))
         if self.lm:

@@ -30,7 +30,7 @@ from .attended import capture
 from .errors import UsageError
 from .paper_claim import Claim
 from .progress import Stages
-from .report import spell, wrap, write_json
+from .report import listed, write_json
 from .workloads import QKV, default_text, open_model
 
 CLAIMS = ("1", "2", "3", "4")
@@ -75,7 +75,7 @@ class PaperReport:
 
     def text(self) -> str:
         """Header, claims, and how many of their statements hold."""
-        parts = ["\n".join(wrap(f"{key}: {spell(value)}") for key, value in self.header.items())]
+        parts = [listed(self.header)]
         parts += [claim.text() for claim in self.claims]
         found = [finding for claim in self.claims for finding in claim.findings]
         count = {verdict: sum(f.holds is verdict for f in found) for verdict in (True, False, None)}

@@ -21,7 +21,7 @@ from .errors import UsageError
 from .parallel_model import ASSUMPTIONS, Open, all_gathered, arithmetic, bytes_sent
 from .parallel_ranks import Job, RankResult, run_ranks
 from .progress import Stages
-from .report import number, spell, table, wrap, write_json
+from .report import listed, number, table, wrap, write_json
 from .workloads import (
     QKV,
     ModelSource,
@@ -109,7 +109,7 @@ class ParallelReport:
 
     def text(self) -> str:
         """Header, tables, legend and assumptions."""
-        parts = ["\n".join(wrap(f"{key}: {spell(value)}") for key, value in self.header.items())]
+        parts = [listed(self.header)]
         parts.append(table([_line(row) for row in self.rows]))
         measured = [row for row in self.rows if row.sent_by_kind]
         kinds = [
@@ -118,7 +118,7 @@ class ParallelReport:
             for name in measured[0].sent_by_kind
         ]
         parts.append("MiB sent by the busiest rank, by what they are\n" + table(kinds))
-        parts.append("\n".join(wrap(f"{key}: {text}") for key, text in LEGEND.items()))
+        parts.append(listed(LEGEND))
         parts.append("The cost model, carried on\n" + table([_carried(r) for r in self.carried]))
         parts.append("\n".join(wrap(f"- {text}") for text in self.assumptions))
         return "\n\n".join(parts)

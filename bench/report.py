@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import json
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TextIO
@@ -64,7 +64,7 @@ class Report:
     def text(self, peak_source: str) -> str:
         """Header, tables and legend."""
         of_model = bool(self.layers)
-        parts = ["\n".join(wrap(f"{key}: {spell(value)}") for key, value in self.header.items())]
+        parts = [listed(self.header)]
         for length, rows in groupby(self.rows, key=lambda row: row.length):
             found = list(rows)
             parts.append(_length_table(found, of_model))
@@ -80,7 +80,7 @@ class Report:
             del legend["±"]
         else:
             legend["err"] += f" {ON_RANDOM}"
-        parts.append("\n".join(wrap(f"{key}: {text}") for key, text in legend.items()))
+        parts.append(listed(legend))
         return "\n\n".join(part for part in parts if part)
 
     def _absent(self) -> str:
@@ -210,6 +210,11 @@ def spell_range(values: Iterable[int]) -> str:
     """`3`, or `3 to 20`."""
     found = sorted(values)
     return f"{found[0]}" if found[0] == found[-1] else f"{found[0]} to {found[-1]}"
+
+
+def listed(facts: Mapping[str, Any]) -> str:
+    """A line for each fact, folded: what it is of, and what it says."""
+    return "\n".join(wrap(f"{key}: {spell(value)}") for key, value in facts.items())
 
 
 def wrap(line: str) -> str:

@@ -18,7 +18,7 @@ from flexdga import DGAConfig, dga_attention
 
 from . import hardware, measure, options
 from .progress import Stages
-from .report import number, spell, spell_range, table, wrap, write_json
+from .report import listed, number, spell_range, table, write_json
 from .workloads import Shape, add_shape, given_shape, random_qkv
 
 LENGTHS = (2048, 4096, 8192)
@@ -77,11 +77,11 @@ class TrainReport:
 
     def text(self, peak_source: str) -> str:
         """Header, tables and legend."""
-        parts = ["\n".join(wrap(f"{key}: {spell(value)}") for key, value in self.header.items())]
+        parts = [listed(self.header)]
         for length, rows in groupby(self.rows, key=lambda row: row.length):
             parts.append(f"L = {length}\n{table([_line(row) for row in rows])}")
         legend = LEGEND | {"MiB": f"{LEGEND['MiB']} ({peak_source})"}
-        parts.append("\n".join(wrap(f"{key}: {text}") for key, text in legend.items()))
+        parts.append(listed(legend))
         return "\n\n".join(parts)
 
 

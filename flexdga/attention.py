@@ -18,6 +18,7 @@ from flexdga.by_blocks import Choices
 from flexdga.checks import check_inputs, check_plan
 from flexdga.config import DGAConfig, as_constant
 from flexdga.cpu_backward import attend_on_cpu, plan_alone, wants_gradient
+from flexdga.folding import by_kv_head, in_parts
 from flexdga.indexing import filled
 from flexdga.kernel import attend, attend_slots
 from flexdga.opening import open_table, openings
@@ -70,11 +71,11 @@ def dga_attention(
 ) -> Tensor | tuple[Tensor, Plan]:
     """Dynamic Group Attention over a whole sequence: SDPA's arguments, fewer keys.
 
-    Compiles itself on first use, once for all lengths; inside somebody else's `torch.compile` it
-    becomes part of their graph, and in `torch.export` one node of it, `torch.ops.flexdga.attention`
-    (see `flexdga.lower`), unless a score_mod, a plan or kernel options come with it. Sequences
-    shorter than `config.dense_below` take exact dense attention. Grouped-query attention is
-    recognised by the head counts.
+    Compiles itself on first use, once for all batches, lengths and head counts of one ratio; inside
+    somebody else's `torch.compile` it becomes part of their graph, and in `torch.export` one node
+    of it, `torch.ops.flexdga.attention` (see `flexdga.lower`), unless a score_mod, a plan or kernel
+    options come with it. Sequences shorter than `config.dense_below` take exact dense attention.
+    Grouped-query attention is recognised by the head counts.
 
     Gradients flow to query, key and value, through focal copies and groups (their weights and
     their bias too), and to floating-point tensors that the score mod captures. What is chosen is
@@ -133,15 +134,30 @@ def dga_attention(
     leaks = plan is None and not dense and is_causal and config.looks_ahead
     if leaks and wants_gradient(None, query, key, value):
         _warn_of_leak()
-    query, key, value, docs = _in_steps(query, key, value, docs, config)
-    with _without_autocast(query.device.type):
+    inputs = (*_in_steps(query, key, value, docs, config), plan)
+
+    def planned(
+        query: Tensor, key: Tensor, value: Tensor, docs: Documents, plan: Plan | None
+    ) -> tuple[Tensor, Plan]:
         if dense:
             plan = dense_plan(docs, key.shape[1], is_causal=is_causal)
         elif plan is None:
             plan = _plan(query, key, value, docs, config, is_causal, scale)
-        out = _attend(query, key, value, plan, config, scale, score_mod, kernel_options)
+        return _attend(query, key, value, plan, config, scale, score_mod, kernel_options), plan
+
+    with _without_autocast(query.device.type):
+        if torch.compiler.is_compiling() or score_mod is not None:  # it asks for the head
+            out, plan = planned(*inputs)
+        elif return_plan or wants_gradient(None, query, key, value):
+            out, plan = by_kv_head(planned, *inputs)
+        else:
+            table = inputs[0].shape[2] ** 2 // math.prod(config.block_size)
+            out = in_parts(lambda *rows: planned(*rows)[0], *inputs, table=table)
     out = out[:, :, :length]
-    return (out, plan) if return_plan else out
+    if not return_plan:
+        return out
+    assert plan is not None
+    return out, plan
 
 
 def make_plan(
@@ -163,8 +179,12 @@ def make_plan(
     check_inputs(query, key, value, config, is_causal, scale, None, document_ids, lengths)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     docs = documents(document_ids, lengths, (query.shape[0], query.shape[2]), query.device)
-    query, key, value, docs = _in_steps(query, key, value, docs, config)
-    return _plan(query, key, value, docs, config, is_causal, scale)
+    inputs = (*_in_steps(query, key, value, docs, config), None)
+
+    def planned(query: Tensor, key: Tensor, value: Tensor, docs: Documents, _: object) -> Plan:
+        return _plan(query, key, value, docs, config, is_causal, scale)
+
+    return planned(*inputs) if torch.compiler.is_compiling() else by_kv_head(planned, *inputs)
 
 
 def _checked(config: DGAConfig | None) -> DGAConfig:
@@ -226,10 +246,9 @@ def _plan(
     scale: float,
 ) -> Plan:
     def planner(query: Tensor, key: Tensor, value: Tensor, docs: Documents) -> Plan:
-        plan: Plan = _run(
-            plan_attention, query, key, value, docs,
-            config=config, is_causal=is_causal, scale=scale,
-        )  # fmt: skip
+        # Sinks and a window are a dozen small tensors: not worth the seconds of a compilation.
+        make = plan_attention if config.only_sinks else functools.partial(_run, plan_attention)
+        plan = make(query, key, value, docs, config=config, is_causal=is_causal, scale=scale)
         if not config.opens:
             return plan
         table = open_table(

@@ -23,7 +23,7 @@ from flexdga.config import DGAConfig
 from flexdga.plan import NEVER, Documents
 
 Run = Callable[..., Any]
-SCORES = 1 << 21
+SCORES = 1 << 22
 """Scores of units, or of keys, that are held at a time: megabytes that stay in a CPU's cache."""
 BEYOND = 60.0
 """A unit's log mass counts as at most so much more than that of all that is near: e^60 of them

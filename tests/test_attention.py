@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_planner import layout_arguments, layouts, openers, planners
 
 import score_mods
-from flexdga import DGAConfig, dga_attention, make_plan, reference
+from flexdga import DGAConfig, attention, dga_attention, folding, make_plan, reference
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -110,6 +110,27 @@ def test_cca_is_its_two_modules(length, size, window):
     for h in range(2):
         want = reference.cca(query[0, h], key[0, h], value[0, h], group_size=size, window=window)
         assert relative_error(out[0, h], want) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("opener", [{}, {"open_units": None, "unit_size": 16}])
+@pytest.mark.parametrize("layout", ["plain", "lengths", "packed"])
+def test_a_call_in_parts_is_the_call(monkeypatch, layout, opener):
+    """A long call takes a few KV heads at a time; here a short one does, three rows and two."""
+    inputs, config = qkv(1, 10, 5, 200), small(**opener)
+    arguments, _ = layout_arguments(layout, 1, 200)
+    whole, _ = dga_attention(*inputs, config=config, return_plan=True, **arguments)
+    calls = []
+    plan_attention = attention.plan_attention
+    monkeypatch.setattr(folding, "ENTRIES", 1)
+    monkeypatch.setattr(
+        attention,
+        "plan_attention",
+        lambda q, *a, **k: calls.append(len(q)) or plan_attention(q, *a, **k),
+    )
+    monkeypatch.setattr(attention, "_run", lambda function, *a, **k: function(*a, **k))
+    assert torch.equal(dga_attention(*inputs, config=config, **arguments), whole)
+    assert calls == [2, 3]
 
 
 @pytest.mark.parametrize("mode", ["eager", "compiled"])

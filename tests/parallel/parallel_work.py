@@ -15,7 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import flexdga
 from flexdga import DGAConfig, dga_attention
-from flexdga.parallel import RankError, Shards, parallel_attention, traffic
+from flexdga.decode import LayerCache
+from flexdga.parallel import RankError, ShardedCache, Shards, parallel_attention, traffic
 
 
 @functools.cache
@@ -60,6 +61,29 @@ def equals_one_process(
             errors += [_error(p.grad, shards.shard(w.grad, 2)) for p, w in zip(parts, whole)]
     errors.append(_error(shards.unshard(out, 2), want))
     return errors, dict(sent)
+
+
+def decoded(ranks, config, shape, steps, dtype, ids, int8):
+    """Errors of a sharded prefill and of new tokens after it, and bytes of both kinds of cache."""
+    torch.compiler.set_stance("force_eager")
+    length, total = shape[3], shape[3] + sum(steps)
+    whole = inputs(*shape[:3], total, shape[4], dtype)
+    shards = Shards(length, mesh(ranks), config)
+    one, cache = LayerCache(config, int8=int8), ShardedCache(config, mesh(ranks), int8=int8)
+    prompt = [t[:, :, :length] for t in whole]
+    parts = [shards.shard(t, 2) for t in prompt]
+    out = parallel_attention(*parts, shards, config=config, document_ids=ids, cache=cache)
+    want = one.attend(*prompt, document_ids=ids)
+    errors = [_error(out, shards.shard(want, 2))]
+    assert (cache.seen, cache.done, cache.num_slots) == (one.seen, one.done, one.num_slots)
+    at, opened = length, 0
+    for count in steps:
+        new = [t[:, :, at : at + count] for t in whole]
+        with traffic() as sent:
+            errors.append(_error(cache.attend(*new), one.attend(*new)))
+        opened += "parts of the output" in sent
+        at += count
+    return errors, opened, (cache.memory(), one.memory())
 
 
 def call_strangely(config, others: dict, shape):
@@ -113,13 +137,14 @@ def _error(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm().clamp(min=1e-12))
 
 
-def llama():
+def llama(spread: float = 0.02):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(3)
     config = LlamaConfig(
         vocab_size=64, hidden_size=96, intermediate_size=64, num_hidden_layers=3,
         num_attention_heads=6, num_key_value_heads=2, head_dim=16,
+        initializer_range=spread,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 
@@ -158,14 +183,23 @@ def wrapped(config, packed: bool, gradient: bool):
     return errors, replaced
 
 
+def sample_alone(model, tokens):
+    torch.manual_seed(dist.get_rank())
+    model.generate(tokens, do_sample=True, max_new_tokens=20)
+
+
 def refusals(config):
     """What each of some calls of a sharded model raised."""
+    from transformers import DynamicCache
+
     torch.compiler.set_stance("force_eager")
     model = flexdga.wrap(llama(), config, mesh=mesh(2))
     tokens = torch.zeros(1, 100, dtype=torch.long)
     calls = {
         "labels": lambda: model(tokens, labels=tokens),
-        "past_key_values": lambda: model.generate(tokens, max_new_tokens=2),
+        "past_key_values": lambda: model(tokens, past_key_values=DynamicCache()),
+        "logits_to_keep": lambda: model(tokens, logits_to_keep=torch.tensor([3])),
+        "input_ids": lambda: sample_alone(model, tokens),
         "attention_mask": lambda: model(tokens, attention_mask=torch.ones(1, 1, 100, 100)),
         "gather": lambda: model(tokens),
     }
@@ -179,3 +213,22 @@ def refusals(config):
     flexdga.unwrap(model)
     model.generate(tokens, max_new_tokens=2)
     return raised
+
+
+def generated(config, length: int, steps: int, padded: bool):
+    """What a sharded model generates, and one process; the error of logits; and what was sent."""
+    torch.compiler.set_stance("force_eager")
+    tokens = torch.randint(64, (2, length), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(tokens)
+    if padded:
+        mask[1, :37] = 0
+    arguments = {"attention_mask": mask, "max_new_tokens": steps, "output_logits": True,
+                 "return_dict_in_generate": True}  # fmt: skip
+    layers = {2: None}
+    one, model = (flexdga.wrap(llama(0.2), config, layers=layers, **more)
+                  for more in ({}, {"mesh": mesh(2)}))  # fmt: skip
+    want = one.generate(tokens, **arguments)
+    with traffic() as sent:
+        got = model.generate(tokens, **arguments)
+    error = _error(torch.stack(got.logits), torch.stack(want.logits))
+    return got.sequences, want.sequences, error, dict(sent)

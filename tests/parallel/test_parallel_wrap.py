@@ -8,6 +8,7 @@ import torch
 from helpers import small
 
 import flexdga
+from flexdga import DGAConfig
 
 pytest.importorskip("transformers")
 CONFIG = small(scope="causal")
@@ -25,6 +26,16 @@ def test_logits_equal_one_process(ranks, packed):
 def test_gradients_equal_one_process(ranks):
     for errors, _ in ranks.results(parallel_work.wrapped, CONFIG, False, True):
         assert max(errors) < LIMIT, errors
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+def test_tokens_equal_one_process(ranks, padded):
+    config = DGAConfig(dense_below=0, open_mass=0.01)
+    for got, want, error, sent in ranks.results(parallel_work.generated, config, 301, 50, padded):
+        assert got.shape == (2, 351) and torch.equal(got, want)
+        assert error < 10 * LIMIT, error  # weights ten times as large
+        assert len(set(got[0, 301:].tolist())) > 10  # a text that does not repeat itself
+        assert sent["parts of the output"] > 0  # units were opened
 
 
 def test_what_a_sharded_model_cannot_do(ranks):

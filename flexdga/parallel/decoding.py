@@ -171,13 +171,13 @@ class ShardedCache(LayerCache):
         max_length: int | None = None,
         int8: bool = False,
     ) -> None:
-        self.group = group_of(mesh)
-        super().__init__(config, max_length=max_length, int8=int8)
-        if self._far is not None and config.open_by != "box":
+        if config.opens and config.keep_raw != "none" and config.open_by != "box":
             raise ValueError(
                 f"config: open_by={config.open_by!r} estimates by all keys, which no rank has; "
                 "expected 'box'"
             )
+        self.group = group_of(mesh)
+        super().__init__(config, max_length=max_length, int8=int8)
 
     def _far_units(self) -> FarUnits:
         return ShardedUnits(self._causal, self.group)

@@ -83,7 +83,51 @@ def decoded(ranks, config, shape, steps, dtype, ids, int8):
             errors.append(_error(cache.attend(*new), one.attend(*new)))
         opened += "parts of the output" in sent
         at += count
-    return errors, opened, (cache.memory(), one.memory())
+    return errors, opened
+
+
+def memory(config, shape):
+    """Of caches over all ranks, and in one process."""
+    torch.compiler.set_stance("force_eager")
+    whole = inputs(*shape, torch.float32)
+    group = mesh(dist.get_world_size())
+    shards = Shards(shape[3], group, config)
+    one, cache = LayerCache(config), ShardedCache(config, group)
+    parts = [shards.shard(t, 2) for t in whole]
+    parallel_attention(*parts, shards, config=config, cache=cache)
+    one.attend(*whole)
+    return cache.memory(), one.memory()
+
+
+def misused(config, shape):
+    """What was raised for caches that do not fit."""
+    torch.compiler.set_stance("force_eager")
+    group = mesh(dist.get_world_size())
+    shards = Shards(shape[3], group, config)
+    parts = [shards.shard(t, 2) for t in inputs(*shape, torch.float32)]
+    full, records = ShardedCache(config, group), ShardedCache(config, group)
+    records.record_past = True
+    parallel_attention(*parts, shards, config=config, cache=full)
+    raised = []
+    for cache in (full, records, ShardedCache(DGAConfig.paper(), group), LayerCache(config)):
+        try:
+            parallel_attention(*parts, shards, config=config, cache=cache)
+        except (TypeError, ValueError) as error:
+            raised.append(str(error))
+    return raised
+
+
+def decode_apart(config, shape, rank: int):
+    """A step in which one rank has another query, and so opens other units."""
+    torch.compiler.set_stance("force_eager")
+    group = mesh(dist.get_world_size())
+    shards = Shards(shape[3], group, config)
+    cache = ShardedCache(config, group)
+    parts = [shards.shard(t, 2) for t in inputs(*shape, torch.float32)]
+    parallel_attention(*parts, shards, config=config, cache=cache)
+    query, key, value = inputs(*shape[:3], 1, shape[4], torch.float32)
+    query = 4 * query  # opens something, either way
+    cache.attend(-query if dist.get_rank() == rank else query, key, value)
 
 
 def call_strangely(config, others: dict, shape):
@@ -113,20 +157,24 @@ def round_trip(length: int, config, balanced: bool):
     return at.tolist(), right and torch.equal(shards.unshard(part, 1), whole), shards.size
 
 
-def stall(config, shape, rank: int, timeout: float, die: bool):
+def stall(config, shape, rank: int, timeout: float, die: bool, decode: bool):
     """A call that one rank comes to too late, or dies before; others say what they were told."""
     torch.compiler.set_stance("force_eager")
     group = dist.new_group(timeout=timedelta(seconds=timeout))
     shards = Shards(shape[3], group, config)
     parts = [shards.shard(t, 2) for t in inputs(*shape, torch.float32)]
-    parallel_attention(*parts, shards, config=config)  # everybody is well
+    cache = ShardedCache(config, group) if decode else None
+    parallel_attention(*parts, shards, config=config, cache=cache)  # everybody is well
     if dist.get_rank() == rank:
         if die:
             os._exit(1)
         time.sleep(2 * timeout)
     begin = time.monotonic()
     try:
-        parallel_attention(*parts, shards, config=config)
+        if cache is None:
+            parallel_attention(*parts, shards, config=config)
+        else:
+            cache.attend(*inputs(*shape[:3], 1, shape[4], torch.float32))
     except RankError as error:
         return error.ranks, str(error), time.monotonic() - begin
     return None
@@ -215,13 +263,12 @@ def refusals(config):
     return raised
 
 
-def generated(config, length: int, steps: int, padded: bool):
+def generated(config, length: int, steps: int):
     """What a sharded model generates, and one process; the error of logits; and what was sent."""
     torch.compiler.set_stance("force_eager")
     tokens = torch.randint(64, (2, length), generator=torch.Generator().manual_seed(5))
     mask = torch.ones_like(tokens)
-    if padded:
-        mask[1, :37] = 0
+    mask[1, :37] = 0
     arguments = {"attention_mask": mask, "max_new_tokens": steps, "output_logits": True,
                  "return_dict_in_generate": True}  # fmt: skip
     layers = {2: None}

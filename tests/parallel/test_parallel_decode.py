@@ -8,6 +8,7 @@ import torch
 from helpers import TOLERANCE, small
 
 from flexdga import DGAConfig
+from flexdga.parallel import ShardedCache
 
 DEFAULT = DGAConfig(dense_below=0)
 OPEN_GROUPS = small(
@@ -51,6 +52,31 @@ def test_equals_one_process(ranks, world, config, shape, arguments, opens):
     found = ranks.results(parallel_work.decoded, world, config, shape, STEPS, dtype, *others)
     # Both sides differ from the oracle by at most the tolerance.
     limit = 2 * TOLERANCE[dtype]
-    for errors, opened, _ in found:
+    for errors, opened in found:
         assert max(errors) < limit, errors
         assert (opened > 0) == opens
+
+
+def test_raw_tokens_are_spread_over_ranks(ranks):
+    for (kept, dense, _), (alone, whole, _) in ranks.results(
+        parallel_work.memory, DEFAULT, (1, 2, 2, 2000, 32)
+    ):
+        assert dense == whole
+        # A quarter of the keys and values, 1/32 for features, window and room to grow into.
+        assert kept < 0.35 * alone, (kept, alone)
+
+
+def test_ranks_that_open_different_units_are_found(ranks):
+    for error, _ in ranks.run(parallel_work.decode_apart, DEFAULT, (1, 6, 2, 512, 32), 2):
+        assert isinstance(error, RuntimeError)
+        assert "ranks do not open the same units" in str(error)
+
+
+def test_what_a_cache_refuses(ranks):
+    with pytest.raises(ValueError, match="config: open_by='exact' estimates by all keys"):
+        ShardedCache(DGAConfig(open_by="exact"), None)
+    for raised in ranks.results(parallel_work.misused, DEFAULT, (1, 2, 2, 100, 32)):
+        words = ("got 100 tokens", "record_past=True", "got DGAConfig(", "got LayerCache")
+        assert len(raised) == len(words)
+        for message, word in zip(raised, words):
+            assert message.startswith("cache: expected") and word in message

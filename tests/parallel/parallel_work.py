@@ -9,9 +9,11 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from helpers import small
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import flexdga
 from flexdga import DGAConfig, dga_attention
@@ -229,6 +231,43 @@ def wrapped(config, packed: bool, gradient: bool):
         dist.all_reduce(total, group=mesh(2).get_group())
         errors.append(_error(total, theirs.grad))
     return errors, replaced
+
+
+@functools.cache
+def two_dimensions():
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+
+
+def trained(config, length: int):
+    """Errors of gradients, and of parameters after a step, with FSDP2 over all ranks."""
+    torch.compiler.set_stance("force_eager")
+    whole = two_dimensions()
+    tokens = torch.randint(64, (2, length), generator=torch.Generator().manual_seed(5))
+    following = F.pad(tokens[:, 1:], (0, 1), value=-100)
+    one, model = flexdga.wrap(llama(0.2), config), llama(0.2)
+    both = whole["dp", "cp"]._flatten("dp_cp")
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=both)
+    fully_shard(model, mesh=both)
+    flexdga.wrap(model, config, mesh=whole["cp"], gather=False)
+
+    def loss(logits, labels):
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+
+    row = slice(whole.get_local_rank("dp"), whole.get_local_rank("dp") + 1)
+    shards = Shards(length, whole["cp"], config)
+    labels = shards.shard(following[row], 1, fill=-100)
+    # FSDP takes the mean over its ranks, of a sum of parts of the loss.
+    share = dist.get_world_size() / (following != -100).sum()
+    (loss(model(tokens[row]).logits, labels) * share).backward()
+    (loss(one(tokens, use_cache=False).logits, following) / (following != -100).sum()).backward()
+    pairs = list(zip(model.parameters(), one.parameters()))
+    errors = [_error(mine.grad.full_tensor(), theirs.grad) for mine, theirs in pairs]
+    for trained in (model, one):
+        torch.optim.SGD(trained.parameters(), lr=0.1).step()
+    errors += [_error(mine.full_tensor(), theirs) for mine, theirs in pairs]
+    sizes = [mine.to_local().numel() / theirs.numel() for mine, theirs in pairs]
+    return errors, sizes
 
 
 def sample_alone(model, tokens):

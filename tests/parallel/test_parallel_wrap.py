@@ -28,6 +28,12 @@ def test_gradients_equal_one_process(ranks):
         assert max(errors) < LIMIT, errors
 
 
+def test_a_training_step_with_fsdp_equals_one_process(ranks):
+    for errors, sizes in ranks.results(parallel_work.trained, CONFIG, 301):
+        assert max(errors) < 10 * LIMIT, errors  # weights ten times as large
+        assert max(sizes) < 0.3  # of each parameter, a quarter on each of four ranks
+
+
 def test_tokens_equal_one_process(ranks):
     config = DGAConfig(dense_below=0, open_mass=0.01)
     for got, want, error, sent in ranks.results(parallel_work.generated, config, 301, 50):

@@ -414,10 +414,11 @@ class LayerCache:
         here = token >= 0
         bias = torch.where(here, 0.0, -math.inf).to(key)
         position = torch.where(here, token + self.seen - length, -1)
-        columns = Columns(take_rows(key, token), take_rows(value, token), bias, position)
+        # Columns of nothing are 0: what is grouped by likeness is scaled by all of its unit.
+        columns = Columns(_rows_or_0(key, token), _rows_or_0(value, token), bias, position)
         queries = query[:, :, :0]
         if self.keeps_queries:
-            queries = take_rows(query, token.repeat_interleave(query.shape[1] // key.shape[1], 1))
+            queries = _rows_or_0(query, token.repeat_interleave(query.shape[1] // key.shape[1], 1))
         return columns, Origins(torch.where(here, self._doc_first[:, None], NEVER), queries)
 
     def _store(self, columns: Columns, origins: Origins, slots: Columns | None) -> None:
@@ -487,6 +488,10 @@ class LayerCache:
             )
         self._buffer.pool(count, slots, self._steady)
         self.done, self._pooled_at = end, self._due(end - unit)
+
+
+def _rows_or_0(x: Tensor, index: Tensor) -> Tensor:
+    return take_rows(x, index).masked_fill((index < 0)[..., None], 0)
 
 
 def _first_real(real: Tensor) -> Tensor:

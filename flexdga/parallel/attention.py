@@ -27,6 +27,7 @@ from flexdga.indexing import put, take
 from flexdga.kernel import attend_slots
 from flexdga.parallel.decoding import Prefilled, ShardedCache
 from flexdga.parallel.failures import watched
+from flexdga.parallel.focal import whole_focal
 from flexdga.parallel.gradient import attend_given_on_cpu, joined_slots
 from flexdga.parallel.opened import Fetched, features_of, fetch, needed, open_units, start_features
 from flexdga.parallel.shards import Shards, before, beyond, whole_step
@@ -60,9 +61,8 @@ def parallel_attention(
         key: (B, Hkv, shards.local_length, D).
         value: (B, Hkv, shards.local_length, Dv).
         shards: how the sequence is cut, and over which ranks.
-        config: the choices; None = `DGAConfig()`. What it looks at must end at a unit or at a query
-            block: `causal` scope, or in `prompt` scope a config without focal tokens and, unless
-            units open, without groups.
+        config: the choices; None = `DGAConfig()`. Groups must end at a unit: those of `sequence` do
+            in `causal` scope, or where units open.
         scale: of the scores; None = 1/√D.
         document_ids: (B, shards.length) of the whole sequence, as `dga_attention` takes them.
         cache: an empty one of this config and these ranks, to go on with: `cache.attend`.
@@ -109,8 +109,11 @@ def _sparse(
     # It is under way while the neighbours' tokens come and the chunks are planned.
     started = start_features(key, shards, config) if config.opens else None
     chunks = around(query, key, value, docs, shards, config)
-    plan = plan_around(chunks, docs, shards, config, scale)
-    slots = gather_slots(chunks, plan, docs, shards, config, scale)
+    whole = None
+    if config.scope == "prompt" and config.needs_importance:
+        whole = whole_focal(query, key, value, docs, shards, config, scale)
+    plan = plan_around(chunks, docs, shards, config, scale, whole)
+    slots = gather_slots(chunks, plan, docs, shards, config, scale, whole)
     size = config.block_size[1]
     held = _held_units(shards, chunks.head, size, key.device).expand(*key.shape[:2], -1)
     features = since = fetched = None
@@ -308,11 +311,10 @@ def _check(query: Tensor, document_ids: Tensor | None, shards: Shards, config: D
         raise ValueError(
             "config: prefill='dense' needs all keys and values on every rank; expected 'sparse'"
         )
-    whole = config.needs_importance or (config.groups and not config.opens)
-    if not short and config.scope == "prompt" and whole:
+    if not short and config.groups and config.whole_sequence:
         raise ValueError(
-            "config: in scope='prompt' focal tokens, and groups where no units open, are chosen "
-            f"over the whole prompt, which no rank has; expected scope='causal', got {config!r}"
+            "config: in scope='prompt' groups in sequence, where no units open, run over the whole "
+            f"prompt, which no rank has; expected scope='causal', got {config!r}"
         )
     need = max(before(config), beyond(config))
     if shards.size % whole_step(config) or shards.size < need:

@@ -187,7 +187,7 @@ def before(config: DGAConfig) -> int:
 
 def beyond(config: DGAConfig) -> int:
     """Tokens after a chunk that help to decide on its own."""
-    if not config.needs_importance:
+    if not config.needs_importance or config.scope == "prompt":
         return 0
     step = whole_step(config)
     return -(-lookahead(config) // step) * step

@@ -43,6 +43,10 @@ def ended(length: int) -> torch.Tensor:
         pytest.param(
             2, DGAConfig(dense_below=340), (1, 2, 2, 333, 32), {}, True, id="dense, then sparse"
         ),
+        pytest.param(
+            4, small(grouping="similarity", focal_ratio=0.1), (1, 6, 2, 333, 32), {}, False,
+            id="focal, whole prompt",
+        ),
         pytest.param(2, DGAConfig.dense(), (1, 2, 2, 333, 32), {}, False, id="dense"),
     ],
 )  # fmt: skip

@@ -51,7 +51,16 @@ def all_gathered(shape: Shape, length: int, world: int, itemsize: int) -> float:
 def bytes_sent(
     shape: Shape, length: int, world: int, itemsize: int, config: DGAConfig, opened: Open
 ) -> dict[str, float]:
-    """Bytes that the busiest rank sends for a call, by what they are (as `parallel.traffic`)."""
+    """Bytes that the busiest rank sends for a call, by what they are (as `parallel.traffic`).
+
+    Raises:
+        ValueError: the whole prompt chooses focal tokens, and the text how they spread over chunks.
+    """
+    if config.scope == "prompt" and config.needs_importance:
+        raise ValueError(
+            f"config: focal slots of a chunk depend on the text where the whole prompt chooses; "
+            f"expected scope='causal', got {config!r}"
+        )
     chunk = chunk_size(length, 2 * world, [config])
     tokens, heads = 2 * chunk, shape.batch * shape.kv_heads
     token = 2 * shape.head_dim * itemsize  # a key and a value

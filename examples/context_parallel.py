@@ -5,7 +5,8 @@
 Every process holds the model, reads its part of the text and sends the others slots, not keys and
 values. Printed: how well the model expects the text, how long that took, and what was sent. The
 first run compiles for a minute or two. `--length 16384` needs a model of that context, or patience
-with what it says beyond its own.
+with what it says beyond its own. With `--new-tokens 50` the model goes on with the text: the raw
+tokens that it may look at again stay where they were read.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def main() -> None:
         "--dense-below", type=int, default=flexdga.DGAConfig().dense_below,
         help="shorter texts take exact dense attention, over everybody's keys and values",
     )  # fmt: skip
+    parser.add_argument("--new-tokens", type=int, default=0, help="to go on with, greedily")
     options = parser.parse_args()
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -80,6 +82,14 @@ def main() -> None:
     say(f"NLL {total[0] / total[1]:.3f} per token")
     say(f"sent by rank 0: {sum(sent.values()) / layers / 2**20:.2f} MiB a layer; its keys and "
         f"values would be {kv * (shards.world - 1) / 2**20:.2f}")  # fmt: skip
+    if options.new_tokens:
+        flexdga.unwrap(model.model)
+        flexdga.wrap(model, config, mesh=mesh)
+        begin = time.perf_counter()
+        text = model.generate(tokens, max_new_tokens=options.new_tokens, do_sample=False)
+        say(f"read again, and {options.new_tokens} tokens generated, in "
+            f"{time.perf_counter() - begin:.1f} s:")  # fmt: skip
+        say(tokenizer.decode(text[0, tokens.shape[1] :]))
     dist.destroy_process_group()
 
 

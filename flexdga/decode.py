@@ -17,7 +17,7 @@ from torch import Tensor
 from flexdga.attention import dga_attention, make_plan
 from flexdga.config import DGAConfig
 from flexdga.exact import attend_all
-from flexdga.far_units import FarUnits, raw_log_mass, with_opened
+from flexdga.far_units import FarUnits, raw_log_mass
 from flexdga.handoff import seen_after, sinks_after, slots_after, slots_of_units
 from flexdga.indexing import compact, take_rows
 from flexdga.plan import NEVER
@@ -80,7 +80,7 @@ class LayerCache:
         reads_queries = config.needs_importance or (
             config.groups and config.group_weights == "last_query"
         )
-        self._keeps_queries = reads_queries and not self._forever_dense
+        self.keeps_queries = reads_queries and not self._forever_dense
         unit = config.unit_size
         self._unit_slots = self._causal.focal_per_unit + group_slots_per_unit(config)
         self._steady = max(handover(unit - 1, self._causal), unit + lookahead(self._causal))
@@ -96,10 +96,13 @@ class LayerCache:
         self._whole: SlotBuffer | None = None  # all tokens, while they are few
         self._far: FarUnits | None = None  # raw tokens to open again
         if self.config.opens and self.config.keep_raw != "none" and not self._forever_dense:
-            self._far = FarUnits(self._causal)
+            self._far = self._far_units()
         self._doc_first: Tensor  # (B, 1) int32, where each row's document begins
         self._pooled_at = -1  # the newest query at which something was pooled
         self._history: list[tuple[Saved, int, int]] = []  # before it: the rest, done, _pooled_at
+
+    def _far_units(self) -> FarUnits:
+        return FarUnits(self._causal)
 
     @property
     def num_slots(self) -> int:
@@ -284,15 +287,19 @@ class LayerCache:
             self._keep_far()
             near = raw_log_mass(query, seen.key[:, :, : now.live], bias[..., : now.live], scale)
             opened = self._far.open(query, near, self._doc_first, time, scale=scale)
-        if opened is not None:
-            seen, bias = with_opened(seen, bias, opened, now.raw_room, self.config.unit_size)
         at = None
         if score_mod is not None:
             at = torch.arange(time, time + count, dtype=torch.int32, device=key.device)
-        out = attend_all(
-            query, seen.key, seen.value, bias, scale=scale, score_mod=score_mod,
-            query_position=at, key_position=seen.position,
-        )  # fmt: skip
+        if opened is not None and self._far is not None:
+            out = self._far.attend(
+                query, seen, bias, opened, now.raw_room, scale=scale, score_mod=score_mod,
+                query_position=at,
+            )  # fmt: skip
+        else:
+            out = attend_all(
+                query, seen.key, seen.value, bias, scale=scale, score_mod=score_mod,
+                query_position=at, key_position=seen.position,
+            )  # fmt: skip
         return out if real is None else out * real[:, None, :, None]
 
     def _keep_far(self) -> None:
@@ -324,13 +331,8 @@ class LayerCache:
         score_mod: ScoreMod | None,
         ids: Tensor | None,
     ) -> Tensor:
-        if ids is not None and ((ids[:, -1] < 0) & (ids >= 0).any(-1)).any():
-            row = int(((ids[:, -1] < 0) & (ids >= 0).any(-1)).nonzero()[0, 0])
-            raise ValueError(
-                f"document_ids: decoding goes on from a row's last token; expected padding on "
-                f"the left, got row {row}, which ends in padding"
-            )
-        batch, length = key.shape[0], key.shape[2]
+        length = key.shape[2]
+        real = self._begin(ids, key.shape[0], length, key.device)
         plan = None
         whole = length < self.config.dense_below
         if whole or self.config.prefill == "dense":
@@ -347,10 +349,6 @@ class LayerCache:
                 query, key, value, config=self.config, scale=scale, score_mod=score_mod,
                 document_ids=ids, return_plan=True,
             )  # fmt: skip
-        real = torch.ones(batch, length, dtype=torch.bool, device=key.device)
-        if ids is not None:  # the others are padding, or documents that ended
-            real = (ids == ids[:, -1:]) & (ids >= 0)
-        self._doc_first = _first_real(real)
         raw = real[:, None].expand(key.shape[:3])
         slots = None
         if plan is not None:
@@ -359,14 +357,10 @@ class LayerCache:
                 raw, slots = sinks_after(key, value, raw, self.config)
             else:
                 slots = slots_after(query, key, value, plan, self.config, scale)
-            # Heads keep different tokens raw. All get as many columns, and whole units are done.
-            behind = length - int(raw.sum(-1).amax())
-            self.done = behind // self.config.unit_size * self.config.unit_size
-            self._pooled_at = length - 1
-            if self.config.scope == "causal":
-                self._pooled_at = self._due(self.done - self.config.unit_size)
         self.seen = length
-        self._store(query, key, value, raw, slots)
+        if plan is not None:
+            self._settle(raw)
+        self._store(*self._recent(query, key, value, raw), slots)
         if self._far is not None and self.done:
             here = torch.where(real, self._doc_first, NEVER)[:, : self.done]
             self._far.add(key[:, :, : self.done], value[:, :, : self.done], here)
@@ -376,21 +370,60 @@ class LayerCache:
         self._pool_due(length - 1, scale)
         return out
 
-    def _store(
-        self, query: Tensor, key: Tensor, value: Tensor, raw: Tensor, slots: Columns | None
-    ) -> None:
-        """Begin with a prompt's raw tokens, in order at the end of their columns, and slots."""
-        length, config = key.shape[2], self.config
-        live = length - self.done
+    def _begin(self, ids: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
+        """(B, L) bool: the tokens of a prompt that decoding goes on from.
+
+        Raises:
+            ValueError: a row ends in padding.
+        """
+        real = torch.ones(batch, length, dtype=torch.bool, device=device)
+        if ids is not None:
+            bad = ((ids[:, -1] < 0) & (ids >= 0).any(-1)).nonzero()
+            if len(bad):
+                raise ValueError(
+                    f"document_ids: decoding goes on from a row's last token; expected padding on "
+                    f"the left, got row {int(bad[0, 0])}, which ends in padding"
+                )
+            real = (ids == ids[:, -1:]) & (ids >= 0)  # not padding, nor a document that ended
+        self._doc_first = _first_real(real)
+        return real
+
+    def _settle(self, raw: Tensor) -> None:
+        """How much of a planned prompt is done, of which the last query sees these tokens raw."""
+        # Heads keep different tokens raw. All get as many columns, and whole units are done.
+        behind = self.seen - int(raw.sum(-1).amax())
+        self.done = behind // self.config.unit_size * self.config.unit_size
+        self._pooled_at = self.seen - 1
+        if self.config.scope == "causal":
+            self._pooled_at = self._due(self.done - self.config.unit_size)
+
+    def _recent(
+        self, query: Tensor, key: Tensor, value: Tensor, raw: Tensor
+    ) -> tuple[Columns, Origins]:
+        """Raw columns to begin with: tokens in order, at the end of their columns.
+
+        Args:
+            query: (B, H, n, D) of the last n tokens.
+            key: (B, Hkv, n, D).
+            value: (B, Hkv, n, Dv).
+            raw: (B, Hkv, n) bool, those that stay raw.
+        """
+        length, live = key.shape[2], self.seen - self.done
         token = length - 1 - compact(raw.flip(-1), live).flip(-1)
         token = torch.where(token < length, token, -1)
         here = token >= 0
         bias = torch.where(here, 0.0, -math.inf).to(key)
-        columns = Columns(take_rows(key, token), take_rows(value, token), bias, token)
+        position = torch.where(here, token + self.seen - length, -1)
+        # Columns of nothing are 0: what is grouped by likeness is scaled by all of its unit.
+        columns = Columns(_rows_or_0(key, token), _rows_or_0(value, token), bias, position)
         queries = query[:, :, :0]
-        if self._keeps_queries:
-            queries = take_rows(query, token.repeat_interleave(query.shape[1] // key.shape[1], 1))
-        origins = Origins(torch.where(here, self._doc_first[:, None], NEVER), queries)
+        if self.keeps_queries:
+            queries = _rows_or_0(query, token.repeat_interleave(query.shape[1] // key.shape[1], 1))
+        return columns, Origins(torch.where(here, self._doc_first[:, None], NEVER), queries)
+
+    def _store(self, columns: Columns, origins: Origins, slots: Columns | None) -> None:
+        """Begin with a prompt's raw columns and its slots."""
+        config, live, length = self.config, self.seen - self.done, self.seen
         ahead = max(self.max_length or 0, length)
         if self._forever_dense:
             self._buffer = SlotBuffer(
@@ -399,13 +432,13 @@ class LayerCache:
             return
         if slots is None:
             room = max(live + ROOM, min(ahead, config.dense_below))
-            alone = origins._replace(query=query[:, :, :0])
+            alone = origins._replace(query=origins.query[:, :, :0])
             self._whole = SlotBuffer(columns, alone, room, 0, keep_queries=False)
         slot_room = max((ahead - self.done) // config.unit_size * self._unit_slots, ROOM)
         slot_room += 0 if slots is None else slots.key.shape[2]
         self._buffer = SlotBuffer(
             columns, origins, self._steady, slot_room,
-            keep_queries=self._keeps_queries, int8=self.int8,
+            keep_queries=self.keeps_queries, int8=self.int8,
         )  # fmt: skip
         if slots is not None:
             self._buffer.add_slots(slots)
@@ -455,6 +488,10 @@ class LayerCache:
             )
         self._buffer.pool(count, slots, self._steady)
         self.done, self._pooled_at = end, self._due(end - unit)
+
+
+def _rows_or_0(x: Tensor, index: Tensor) -> Tensor:
+    return take_rows(x, index).masked_fill((index < 0)[..., None], 0)
 
 
 def _first_real(real: Tensor) -> Tensor:

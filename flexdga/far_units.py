@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexdga.config import DGAConfig
+from flexdga.exact import attend_all
 from flexdga.indexing import compact, take_rows
 from flexdga.int8 import pack, unpack
 from flexdga.opening import far_log_mass, served, unit_documents, unit_features, wanted
 from flexdga.plan import NEVER
 from flexdga.storage import GROWTH, Columns
+from score_mods import ScoreMod
 
 BLOCKS = 8
 """Query blocks whose openings are remembered, so that tokens can be taken back."""
@@ -60,21 +62,29 @@ class FarUnits:
             value: (B, Hkv, n·U, Dv).
             first: (B, n·U) first token of each token's document; NEVER for padding.
         """
-        size = self.config.block_size[1]
         first = unit_documents(first, self.config)
-        kept = [part for x in (key, value) for part in self._pack(x)]
         features = unit_features(key, self.config) if self.config.open_by == "box" else None
+        self._keep(key, value)
         if not self.count:
-            self._kept, self._first = [t.clone() for t in kept], first.clone()
-            self._features = features
+            self._first, self._features = first.clone(), features
         else:
-            self._kept = [
-                _append(old, new, self.count * size) for old, new in zip(self._kept, kept)
-            ]
             self._first = torch.cat([self._first[:, : self.count], first], 1)
             if features is not None and self._features is not None:
                 self._features = _append(self._features, features, self.count)
         self.count += first.shape[1]
+
+    def _keep(self, key: Tensor, value: Tensor) -> None:
+        """Keep the tokens of units that follow the others."""
+        self._write(key, value, self.count)
+
+    def _write(self, key: Tensor, value: Tensor, units: int) -> None:
+        """Keep tokens behind those of the first `units` units that are kept."""
+        kept = [part for x in (key, value) for part in self._pack(x)]
+        if not units:
+            self._kept = [t.clone() for t in kept]
+        else:
+            used = units * self.config.block_size[1]
+            self._kept = [_append(old, new, used) for old, new in zip(self._kept, kept)]
 
     def begin(self, since: Tensor, block: int) -> None:
         """What a prompt's last query block, number `block`, had open: (B, H, N) int32."""
@@ -139,25 +149,51 @@ class FarUnits:
         since = torch.where(want, at[:, None], NEVER).amin(2)
         self._tables[block] = since if before is None else torch.minimum(since, before)
         self._tables.pop(block - BLOCKS, None)
-        most = int(opened[:, :, -1].sum(-1).amax())
-        return Opened(opened, self._columns(opened, most)) if most else None
+        return Opened(opened, self._columns(opened)) if opened[:, :, -1].any() else None
 
-    def _columns(self, opened: Tensor, most: int) -> Columns:
+    def attend(
+        self,
+        query: Tensor,
+        seen: Columns,
+        bias: Tensor,
+        opened: Opened,
+        raw_room: int,
+        *,
+        scale: float,
+        score_mod: ScoreMod | None = None,
+        query_position: Tensor | None = None,
+    ) -> Tensor:
+        """`attend_all` to what is near (see `with_opened`) and what is open: (B, H, Q, Dv)."""
+        seen, bias = with_opened(seen, bias, opened, raw_room, self.config.unit_size)
+        return attend_all(
+            query, seen.key, seen.value, bias, scale=scale, score_mod=score_mod,
+            query_position=query_position, key_position=seen.position,
+        )  # fmt: skip
+
+    def _columns(self, opened: Tensor) -> Columns:
         """Tokens of the units that are open to the last query, which are open to others or not."""
-        size = self.config.block_size[1]
-        unit = compact(opened[:, :, -1], most)
-        position = unit[..., None] * size + torch.arange(
-            size, dtype=torch.int32, device=unit.device
-        )
-        position = torch.where(unit[..., None] >= 0, position, -1).flatten(2)
+        last = self._mine(opened[:, :, -1])
+        unit = compact(last, int(last.sum(-1).amax()))
         seen = opened.gather(-1, _like(unit.clamp(min=0).long(), opened)) & (unit >= 0)[:, :, None]
-        half = len(self._kept) // 2
-        key, value = (
-            self._unpack(part, position) for part in (self._kept[:half], self._kept[half:])
-        )
-        hidden = ~seen.repeat_interleave(size, -1)
+        half, place = len(self._kept) // 2, self._tokens(self._places(unit))
+        key, value = (self._unpack(part, place) for part in (self._kept[:half], self._kept[half:]))
+        hidden = ~seen.repeat_interleave(self.config.block_size[1], -1)
         bias = torch.zeros_like(hidden, dtype=key.dtype).masked_fill(hidden, -math.inf)
-        return Columns(key, value, bias, position)
+        return Columns(key, value, bias, self._tokens(unit))
+
+    def _mine(self, opened: Tensor) -> Tensor:
+        """Those of some (..., N) bool units whose tokens are here."""
+        return opened
+
+    def _places(self, unit: Tensor) -> Tensor:
+        """Where units (int32, -1 for none) stand among those that are kept."""
+        return unit
+
+    def _tokens(self, unit: Tensor) -> Tensor:
+        """(B, H, M) int32 units to (B, H, M·U) positions of their tokens; -1 for none."""
+        size = self.config.block_size[1]
+        inside = torch.arange(size, dtype=torch.int32, device=unit.device)
+        return torch.where(unit[..., None] >= 0, unit[..., None] * size + inside, -1).flatten(2)
 
     def _units_of_keys(self, device: torch.device) -> Tensor:
         if self._features is not None:

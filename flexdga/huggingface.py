@@ -49,7 +49,7 @@ class Settings:
         self.config, self.row = config, row
         self.mods: dict[tuple[Any, ...], ScoreMod | None] = {}
         # Attention over shards (`parallel`), if the model's last forward pass was of one.
-        self.sharded: Callable[[Tensor, Tensor, Tensor, float | None], Tensor] | None = None
+        self.sharded: Callable[..., Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied model has sinks of its own, and functions cannot be pickled."""
@@ -109,7 +109,9 @@ def attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     layer = layer_of(key)
     if own.sharded is not None:
-        return _over_shards(own, query, key, value, dropout, scaling, softcap, s_aux, position_bias)
+        return _over_shards(
+            own, layer, query, key, value, dropout, scaling, softcap, s_aux, position_bias
+        )
     if layer is None and attention_mask is None and causal and 1 < query.shape[2] < key.shape[2]:
         # Without a mask, keys beyond the queries are the room of a static cache that was empty.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
@@ -153,6 +155,7 @@ def attention(
 
 def _over_shards(
     own: Settings,
+    layer: DGALayer | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -166,7 +169,7 @@ def _over_shards(
             "bias; expected a model without them"
         )
     assert own.sharded is not None
-    out = own.sharded(query, key, value, scaling)
+    out = own.sharded(query, key, value, scaling, layer)
     own.row.replaced += own.row.wrapped
     own.row.passed += not own.row.wrapped
     return out.transpose(1, 2).contiguous(), None

@@ -53,7 +53,7 @@ def prompt_importance(
     """
     batch, heads, length, head_dim = query.shape
     kv_heads = key.shape[1]
-    probe_BP, real_BP = _probe_positions(after, config)
+    probe_BP, real_BP = probe_positions(after, config)
     index = probe_BP[:, None].expand(-1, heads, -1)
     q_BGXD = take_rows(query, index).view(batch, kv_heads, -1, head_dim)  # X = R·P
     score_BGRPL = (q_BGXD @ key.mT).view(batch, kv_heads, -1, config.probes, length).float() * scale
@@ -64,8 +64,8 @@ def prompt_importance(
     seen_BPL = (pos >= start_BP[:, :, None]) & (pos < stop_BP[:, :, None]) & real_BP[:, :, None]
     if is_causal:
         seen_BPL = seen_BPL & (far_BPL <= 0)
-    weight_BGRPL = _attention_weights(score_BGRPL, seen_BPL[:, None, None], _total)
-    weight_BGPL = _over_heads(weight_BGRPL, config)
+    weight_BGRPL = attention_weights(score_BGRPL, seen_BPL[:, None, None], _total)
+    weight_BGPL = over_heads(weight_BGRPL, config)
     beyond_BPL = seen_BPL & (far_BPL.abs() >= config.window)
     return _reduce(weight_BGPL, seen_BPL[:, None], beyond_BPL[:, None], value, config)
 
@@ -119,8 +119,8 @@ def unit_importance(
     doc_BNP = first[:, probe_NP.flatten().long()].view(batch, units, count)
     gap_PW = offset_P[:, None] - offset_W
     seen_BNPW = (gap_PW >= 0) & (doc_BNP[..., None] == doc_BNW[:, :, None])
-    weight_BGRNPW = _attention_weights(score_BGRNPW, seen_BNPW[:, None, None])
-    weight_BGNPW = _over_heads(weight_BGRNPW, config)
+    weight_BGRNPW = attention_weights(score_BGRNPW, seen_BNPW[:, None, None])
+    weight_BGNPW = over_heads(weight_BGRNPW, config)
     # No probe is a whole window away from the last tokens of a unit: half a window has to do.
     beyond_BNPW = seen_BNPW & (gap_PW >= config.window // 2)
     v = value.view(batch, kv_heads, units, unit, -1)
@@ -130,7 +130,7 @@ def unit_importance(
     )
 
 
-def _probe_positions(after: Tensor, config: DGAConfig) -> tuple[Tensor, Tensor]:
+def probe_positions(after: Tensor, config: DGAConfig) -> tuple[Tensor, Tensor]:
     """(B, P) positions of the probes among each row's real tokens, and which are not repeats."""
     rank = (after > 0).cumsum(-1, dtype=torch.int32)
     count = rank[:, -1:]
@@ -146,10 +146,14 @@ def _probe_positions(after: Tensor, config: DGAConfig) -> tuple[Tensor, Tensor]:
     return position.clamp(max=after.shape[-1] - 1), real
 
 
-def _attention_weights(
-    score: Tensor, seen: Tensor, total: Callable[[Tensor], Tensor] = lambda x: x.sum(-1)
+def attention_weights(
+    score: Tensor,
+    seen: Tensor,
+    total: Callable[[Tensor], Tensor] = lambda x: x.sum(-1),
+    highest: Callable[[Tensor], Tensor] = lambda x: x.amax(-1),
 ) -> Tensor:
-    top = score.masked_fill(~seen, float("-inf")).amax(-1, keepdim=True)
+    """Softmax over what is seen; `total` and `highest` may look beyond these keys."""
+    top = highest(score.masked_fill(~seen, float("-inf")))[..., None]
     weight = torch.where(seen, torch.exp(score - top), 0.0)
     return weight / total(weight)[..., None].clamp(min=1e-30)
 
@@ -159,7 +163,7 @@ def _total(x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, SUM_STAGE)).sum(-1).sum(-1)
 
 
-def _over_heads(weight: Tensor, config: DGAConfig) -> Tensor:
+def over_heads(weight: Tensor, config: DGAConfig) -> Tensor:
     """(B, G, R, ...) to (B, G, ...): the query heads of a KV head choose together."""
     return weight.amax(2) if config.importance == "peak" else weight.mean(2)
 
@@ -168,14 +172,26 @@ def _reduce(
     weight: Tensor, seen: Tensor, beyond: Tensor, value: Tensor, config: DGAConfig
 ) -> Tensor:
     """(..., P, K) weights of probes on keys to (..., K) importance, by `config.importance`."""
+    norm = value.float().norm(dim=-1) if config.importance == "far_mean" else None
+    return over_neighbours(over_probes(weight, seen, beyond, config), norm, config)
+
+
+def over_probes(weight: Tensor, seen: Tensor, beyond: Tensor, config: DGAConfig) -> Tensor:
+    """(..., P, K) weights of probes on keys to (..., K), each key's own."""
     if config.importance == "sum":
         return torch.where(seen, weight, 0.0).sum(-2)
     if config.importance == "peak":
-        best = torch.where(seen, weight, 0.0).amax(-2)
-        rows = best.reshape(-1, 1, best.shape[-1])
-        return F.max_pool1d(rows, PEAK_WIDTH, 1, PEAK_WIDTH // 2).view_as(best)
+        return torch.where(seen, weight, 0.0).amax(-2)
     count = beyond.sum(-2).clamp(min=min(MIN_SEEN, config.probes))
-    mean = torch.where(beyond, weight, 0.0).sum(-2) / count
-    flat = mean.reshape(-1, 1, mean.shape[-1])
-    pool = F.avg_pool1d(flat, SMOOTHING, 1, SMOOTHING // 2, count_include_pad=False)
-    return value.float().norm(dim=-1) * (mean + pool.view_as(mean))
+    return torch.where(beyond, weight, 0.0).sum(-2) / count
+
+
+def over_neighbours(own: Tensor, norm: Tensor | None, config: DGAConfig) -> Tensor:
+    """(..., K) from `over_probes` to importance; `norm` (..., K) of values is for `far_mean`."""
+    rows = own.reshape(-1, 1, own.shape[-1])
+    if config.importance == "peak":
+        return F.max_pool1d(rows, PEAK_WIDTH, 1, PEAK_WIDTH // 2).view_as(own)
+    if norm is None:
+        return own
+    pool = F.avg_pool1d(rows, SMOOTHING, 1, SMOOTHING // 2, count_include_pad=False)
+    return norm * (own + pool.view_as(own))

@@ -54,6 +54,7 @@ def plan_attention(
     scale: float,
     room: tuple[int, Tensor] | None = None,
     copies: bool = False,
+    focal_of_whole: tuple[Tensor, Tensor] | None = None,
 ) -> Plan:
     """Plan one attention call. One graph, static shapes for a given length and config.
 
@@ -68,10 +69,14 @@ def plan_attention(
         room: of a part of a longer sequence, the focal slots that its plan has, and (B,) how many
             of the tokens that would be focal may be; None = what is right for a whole one.
         copies: whether sinks get slots where nothing else has any; others may need to see them.
+        focal_of_whole: of a part of a longer prompt, its (B, Hkv, L) focal tokens, which the whole
+            prompt decides, and everybody's importance.
     """
     if config.only_sinks and not copies:
         return _plan_without_slots(docs, key.shape[1], config, is_causal)
-    if config.scope == "causal":
+    if focal_of_whole is not None:
+        chosen, score = focal_of_whole
+    elif config.scope == "causal":
         chosen, score = _focal_by_unit(query, key, value, docs, config, scale)
     else:
         chosen, score = _focal_of_prompt(query, key, value, docs, config, is_causal, scale)
@@ -200,7 +205,13 @@ def _focal_of_prompt(
             query, key, value, docs.first, docs.after,
             config=config, is_causal=is_causal, scale=scale,
         )  # fmt: skip
-    index = torch.arange(key.shape[2], dtype=torch.int32, device=key.device)
+    return focal_of_prompt(score, docs, config, is_causal), score
+
+
+def focal_of_prompt(score: Tensor, docs: Documents, config: DGAConfig, is_causal: bool) -> Tensor:
+    """(B, Hkv, L) bool: the focal tokens of a whole prompt, from their importance."""
+    length = score.shape[-1]
+    index = torch.arange(length, dtype=torch.int32, device=score.device)
     # A token that no query sees past its handover would waste a focal slot.
     lives = handover(index, config) < docs.after
     if not is_causal:
@@ -211,9 +222,9 @@ def _focal_of_prompt(
     if docs.packed:
         chosen = _top_of_each_document(ranked, docs.first, quota)
     else:
-        most = key.shape[2] // config.step * config.focal_per_step
+        most = length // config.step * config.focal_per_step
         chosen = _top(ranked, most, quota.amax(-1)[:, None, None])
-    return (chosen | sink) & lives, score
+    return (chosen | sink) & lives
 
 
 def _focal_by_unit(

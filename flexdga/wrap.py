@@ -58,7 +58,8 @@ def wrap(
             only of an encoder. In a transformers model each layer knows its direction.
         mesh: shard sequences over these ranks (`flexdga.parallel`). Every rank calls a transformers
             decoder with the whole tokens, its forward pass runs over this rank's shard, at the
-            right positions, and the whole logits come back. Prefill and training, no cache.
+            right positions, and the whole logits come back. `generate` goes on from there, on every
+            rank: raw tokens to open again stay on one rank each.
         balanced: with a mesh, whether each rank gets an early and a late part of the sequence.
         gather: with a mesh, False gives the shard's logits, in the order of
             `flexdga.parallel.Shards(length, mesh, config)`, with gradients.

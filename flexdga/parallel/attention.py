@@ -25,7 +25,9 @@ from flexdga.config import DGAConfig
 from flexdga.cpu_backward import wants_gradient
 from flexdga.indexing import put, take
 from flexdga.kernel import attend_slots
+from flexdga.parallel.decoding import Prefilled, ShardedCache
 from flexdga.parallel.failures import watched
+from flexdga.parallel.focal import whole_focal
 from flexdga.parallel.gradient import attend_given_on_cpu, joined_slots
 from flexdga.parallel.opened import Fetched, features_of, fetch, needed, open_units, start_features
 from flexdga.parallel.shards import Shards, before, beyond, whole_step
@@ -44,6 +46,7 @@ def parallel_attention(
     config: DGAConfig | None = None,
     scale: float | None = None,
     document_ids: Tensor | None = None,
+    cache: ShardedCache | None = None,
 ) -> Tensor:
     """Causal `dga_attention` of a sequence that is sharded over ranks; what it returns, sharded.
 
@@ -58,11 +61,11 @@ def parallel_attention(
         key: (B, Hkv, shards.local_length, D).
         value: (B, Hkv, shards.local_length, Dv).
         shards: how the sequence is cut, and over which ranks.
-        config: the choices; None = `DGAConfig()`. What it looks at must end at a unit or at a query
-            block: `causal` scope, or in `prompt` scope a config without focal tokens and, unless
-            units open, without groups.
+        config: the choices; None = `DGAConfig()`. Groups must end at a unit: those of `sequence` do
+            in `causal` scope, or where units open.
         scale: of the scores; None = 1/√D.
         document_ids: (B, shards.length) of the whole sequence, as `dga_attention` takes them.
+        cache: an empty one of this config and these ranks, to go on with: `cache.attend`.
 
     Returns:
         (B, H, shards.local_length, Dv); 0 for padding.
@@ -70,6 +73,7 @@ def parallel_attention(
     Raises:
         ValueError: shapes or arguments do not fit together, the config plans over the whole
             prompt, or it is not the same on all ranks (found where a `Shards` first meets it).
+            Or the cache is not empty, or not of this config and these ranks.
         TypeError: an argument is of the wrong type or dtype.
         RankError: a rank did not answer within the timeout of its process group.
     """
@@ -81,32 +85,38 @@ def parallel_attention(
     query, key, value = _as_autocast(query, key, value)
     check_inputs(query, key, value, config, True, scale, None, None, None)
     _check(query, document_ids, shards, config)
+    _check_cache(cache, shards, config)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     with watched(shards.group, "flexdga, parallel_attention"), _without_autocast(query.device.type):
-        _agree(query, key, value, document_ids, shards, config, scale)
+        _agree(query, key, value, document_ids, shards, config, scale, cache)
         docs = whole_documents(document_ids, query.shape[0], shards, query.device)
         if shards.length < config.dense_below:
-            return _dense(query, key, value, docs, shards, scale)
-        return _sparse(query, key, value, docs, shards, config, scale)
+            return _dense(query, key, value, document_ids, docs, shards, scale, cache)
+        return _sparse(query, key, value, document_ids, docs, shards, config, scale, cache)
 
 
 def _sparse(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    ids: Tensor | None,
     docs: Documents,
     shards: Shards,
     config: DGAConfig,
     scale: float,
+    cache: ShardedCache | None,
 ) -> Tensor:
     # It is under way while the neighbours' tokens come and the chunks are planned.
     started = start_features(key, shards, config) if config.opens else None
     chunks = around(query, key, value, docs, shards, config)
-    plan = plan_around(chunks, docs, shards, config, scale)
-    slots = gather_slots(chunks, plan, docs, shards, config, scale)
+    whole = None
+    if config.scope == "prompt" and config.needs_importance:
+        whole = whole_focal(query, key, value, docs, shards, config, scale)
+    plan = plan_around(chunks, docs, shards, config, scale, whole)
+    slots = gather_slots(chunks, plan, docs, shards, config, scale, whole)
     size = config.block_size[1]
     held = _held_units(shards, chunks.head, size, key.device).expand(*key.shape[:2], -1)
-    since = fetched = None
+    features = since = fetched = None
     if started is not None:
         features = features_of(started, shards)
         since = open_units(query, chunks, features, docs, shards, config, scale)
@@ -114,6 +124,9 @@ def _sparse(
         home = put(torch.zeros_like(need, dtype=torch.bool), held, held >= 0)
         fetched = fetch(key, value, need & ~home, shards, config)
         held = torch.cat([held, fetched.unit], -1)
+    if cache is not None:
+        made = Prefilled(chunks.head, plan, slots, features, since)
+        cache.begin(query, key, value, ids, shards, made, scale)
     local = _local_plan(plan, slots, held, since, fetched, shards, chunks.head, size)
     heads = [_by_rank(t[:, :, : chunks.head], shards.count) for t in (chunks.key, chunks.value)]
     raw = [torch.cat([own, head], 2) for own, head in zip((key, value), heads)]
@@ -250,13 +263,27 @@ def _by_rank(x: Tensor, count: int) -> Tensor:
 
 
 def _dense(
-    query: Tensor, key: Tensor, value: Tensor, docs: Documents, shards: Shards, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ids: Tensor | None,
+    docs: Documents,
+    shards: Shards,
+    scale: float,
+    cache: ShardedCache | None,
 ) -> Tensor:
     """Exact attention to everybody's keys and values."""
     both = by_chunk(torch.cat([key, value], -1), shards)
     every = funcol.wait_tensor(shards.gathered(both, "keys and values"))
     every = every.permute(1, 2, 0, 3, 4).flatten(2, 3)
     keys, values = every.split([key.shape[-1], value.shape[-1]], -1)
+    if cache is not None:
+        asked = query[:, :, :0]
+        if cache.keeps_queries:
+            asked = shards.gathered(by_chunk(query.detach(), shards), "queries")
+            asked = funcol.wait_tensor(asked).permute(1, 2, 0, 3, 4).flatten(2, 3)
+        whole = slice(shards.length)
+        cache.begin_dense(asked[:, :, whole], keys[:, :, whole], values[:, :, whole], ids, scale)
     at = shards.positions(query.device)
     index = torch.arange(shards.total, device=query.device)
     first, after = docs.first[:, None], docs.after[:, None]
@@ -284,17 +311,32 @@ def _check(query: Tensor, document_ids: Tensor | None, shards: Shards, config: D
         raise ValueError(
             "config: prefill='dense' needs all keys and values on every rank; expected 'sparse'"
         )
-    whole = config.needs_importance or (config.groups and not config.opens)
-    if not short and config.scope == "prompt" and whole:
+    if not short and config.groups and config.whole_sequence:
         raise ValueError(
-            "config: in scope='prompt' focal tokens, and groups where no units open, are chosen "
-            f"over the whole prompt, which no rank has; expected scope='causal', got {config!r}"
+            "config: in scope='prompt' groups in sequence, where no units open, run over the whole "
+            f"prompt, which no rank has; expected scope='causal', got {config!r}"
         )
     need = max(before(config), beyond(config))
     if shards.size % whole_step(config) or shards.size < need:
         raise ValueError(
             f"config: its chunks are multiples of {whole_step(config)} of at least {need} tokens, "
             f"those of shards have {shards.size}; expected a config that Shards was made for"
+        )
+
+
+def _check_cache(cache: ShardedCache | None, shards: Shards, config: DGAConfig) -> None:
+    if cache is None:
+        return
+    if not isinstance(cache, ShardedCache):
+        raise TypeError(f"cache: expected a ShardedCache, got {type(cache).__name__}")
+    if cache.seen or cache.record_past:
+        raise ValueError(
+            f"cache: expected an empty one that does not record its past (set record_past after "
+            f"the prompt), got {cache.seen} tokens, record_past={cache.record_past}"
+        )
+    if cache.config != config or cache.group != shards.group:
+        raise ValueError(
+            f"cache: expected one of {config!r} and the ranks of the shards, got {cache.config!r}"
         )
 
 
@@ -306,6 +348,7 @@ def _agree(
     shards: Shards,
     config: DGAConfig,
     scale: float,
+    cache: ShardedCache | None,
 ) -> None:
     """Raise on every rank, the first time, if ranks do not call with the same things."""
     mine = {
@@ -319,6 +362,7 @@ def _agree(
         "dtype": str(query.dtype),
         "scale": scale,
         "document_ids": document_ids is not None,
+        "cache": None if cache is None else [cache.int8, cache.max_length],
         "gradient": [wants_gradient(None, t) for t in (query, key, value)],
     }
     text = json.dumps(mine)

@@ -59,6 +59,13 @@ def all_to_all(
     return _exchange(x.detach(), send, receive, group, what)
 
 
+def all_reduce(x: Tensor, how: str, group: ProcessGroup, what: str) -> Tensor:
+    """The `sum` or `max` of every rank's `x`, the same on all of them; without gradient."""
+    world = dist.get_world_size(group)
+    _count(what, 2 * _bytes(x) * (world - 1) // world)  # around a ring, or as much
+    return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), how, group))
+
+
 def _gather(x: Tensor, group: ProcessGroup, what: str) -> Tensor:
     _count(what, _bytes(x) * (dist.get_world_size(group) - 1))
     return funcol.all_gather_single(x.contiguous(), 0, group)

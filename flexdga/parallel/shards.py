@@ -67,7 +67,7 @@ class Shards:
         for one in configs:
             if not isinstance(one, DGAConfig):
                 raise TypeError(f"config: expected a DGAConfig, got {type(one).__name__}")
-        self.group = _group(mesh)
+        self.group = group_of(mesh)
         self.length, self.balanced = length, balanced
         self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.count = 2 if balanced else 1
@@ -187,13 +187,19 @@ def before(config: DGAConfig) -> int:
 
 def beyond(config: DGAConfig) -> int:
     """Tokens after a chunk that help to decide on its own."""
-    if not config.needs_importance:
+    if not config.needs_importance or config.scope == "prompt":
         return 0
     step = whole_step(config)
     return -(-lookahead(config) // step) * step
 
 
-def _group(mesh: DeviceMesh | ProcessGroup) -> ProcessGroup:
+def group_of(mesh: DeviceMesh | ProcessGroup) -> ProcessGroup:
+    """The process group of a mesh of one dimension.
+
+    Raises:
+        ValueError: it has several.
+        TypeError: it is something else.
+    """
     if isinstance(mesh, DeviceMesh):
         if mesh.ndim != 1:
             raise ValueError(

@@ -15,6 +15,7 @@ from torch import Tensor
 from flexdga.compress import Pooled, pool
 from flexdga.config import DGAConfig
 from flexdga.indexing import compact, take
+from flexdga.parallel.focal import WholeFocal
 from flexdga.parallel.shards import Shards
 from flexdga.parallel.surroundings import Around, focal_slots
 from flexdga.plan import NEVER, Documents, Plan
@@ -40,7 +41,13 @@ class Gathered(NamedTuple):
 
 
 def gather_slots(
-    chunks: Around, plan: Plan, docs: Documents, shards: Shards, config: DGAConfig, scale: float
+    chunks: Around,
+    plan: Plan,
+    docs: Documents,
+    shards: Shards,
+    config: DGAConfig,
+    scale: float,
+    whole: WholeFocal | None = None,
 ) -> Gathered:
     """Make the slots of this rank's chunks, and get everybody else's.
 
@@ -51,6 +58,7 @@ def gather_slots(
         shards: how the sequence is cut.
         config: the choices.
         scale: of the scores.
+        whole: focal tokens, where the whole prompt decides on them.
     """
     # Slots of the surroundings are their own ranks' to make.
     where = plan.position[..., plan.length :]
@@ -58,7 +66,11 @@ def gather_slots(
     stands = torch.cat([plan.focal >= 0, (plan.members >= 0).any(-1)], -1)
     alive = alive & stands & (plan.start < plan.end)[..., plan.length :]
     focal = plan.focal.shape[-1]
-    kept = compact(alive[..., :focal], focal_slots(shards.size, docs, shards, config))
+    if whole is None:
+        capacity = focal_slots(shards.size, docs, shards, config)
+    else:
+        capacity = whole.slots(shards, 0)
+    kept = compact(alive[..., :focal], capacity)
     units = slice(chunks.head // config.unit_size, (chunks.head + shards.size) // config.unit_size)
     each = group_slots_per_unit(config)
     groups = slice(units.start * each, units.stop * each)

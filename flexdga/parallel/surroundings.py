@@ -19,12 +19,10 @@ from torch import Tensor
 from flexdga.attention import _run
 from flexdga.config import DGAConfig
 from flexdga.parallel.collectives import all_to_all
+from flexdga.parallel.focal import SOME, WholeFocal
 from flexdga.parallel.shards import Shards, before, beyond, padded_to
 from flexdga.plan import NEVER, Documents, Plan
 from flexdga.planner import documents, focal_capacity, focal_counts, plan_attention
-
-SOME = 16
-"""Slots of sinks are made for whole multiples of so many."""
 
 
 class Around(NamedTuple):
@@ -97,14 +95,26 @@ def around(
 
 
 def plan_around(
-    chunks: Around, docs: Documents, shards: Shards, config: DGAConfig, scale: float
+    chunks: Around,
+    docs: Documents,
+    shards: Shards,
+    config: DGAConfig,
+    scale: float,
+    whole: WholeFocal | None = None,
 ) -> Plan:
     """The plan of every chunk with its surroundings: intervals of indices into these."""
-    room = _focal_room(docs, shards, config, chunks) if _share_room(docs, config) else None
+    room = focal = None
+    if whole is not None:
+        focal = whole.around(shards, chunks.head)
+        left = torch.full_like(chunks.docs.first[:, 0], NEVER)
+        room = (whole.slots(shards, chunks.head), left)
+    elif _share_room(docs, config):
+        room = _focal_room(docs, shards, config, chunks)
     with torch.no_grad():
         plan: Plan = _run(
             plan_attention, chunks.query.detach(), chunks.key.detach(), chunks.value.detach(),
             chunks.docs, config=config, is_causal=True, scale=scale, room=room, copies=True,
+            focal_of_whole=focal,
         )  # fmt: skip
     return plan
 

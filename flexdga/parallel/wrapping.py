@@ -1,4 +1,7 @@
-"""A transformers model over a sharded sequence: tokens and positions cut, logits put together."""
+"""A transformers model over a sharded sequence: tokens and positions cut, logits put together.
+
+A prompt is cut; new tokens after it, in a `DGACache`, are on every rank (`decoding.py`).
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,19 @@ import inspect
 from typing import Any
 
 import torch
+import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from flexdga.cache import DGACache, DGALayer
 from flexdga.config import DGAConfig
 from flexdga.huggingface import Settings, sharded_masks
 from flexdga.parallel.attention import parallel_attention
-from flexdga.parallel.shards import Shards
+from flexdga.parallel.collectives import all_gather, all_reduce
+from flexdga.parallel.decoding import ShardedCache
+from flexdga.parallel.failures import watched
+from flexdga.parallel.shards import Shards, group_of
 
 GATHERED = ("logits", "last_hidden_state")
 
@@ -42,6 +50,8 @@ class ShardedForward:
         self.balanced, self.gather = balanced, gather
         self.signature = inspect.signature(type(model).forward)
         self.shards: Shards | None = None
+        self.cut = False  # whether the current forward pass is over a shard
+        self.kept: Tensor | None = None  # (k,) bool, which of the last tokens are this rank's
         self.hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
             model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
@@ -60,12 +70,21 @@ class ShardedForward:
         given = self.signature.bind(model, *args, **kwargs).arguments
         given |= given.pop("kwargs", {})
         given.pop(next(iter(self.signature.parameters)))  # self
-        for name in ("labels", "past_key_values", "logits_to_keep"):
-            if given.get(name) is not None and not _is_zero(given[name]):
-                raise ValueError(
-                    f"{name}: a sharded forward pass has none; expected a loss over "
-                    "the shard of the logits, and a prefill without cache"
-                )
+        if given.get("labels") is not None:
+            raise ValueError(
+                "labels: a sharded forward pass has none; expected a loss over the shard of the "
+                "logits"
+            )
+        cache = given.get("past_key_values")
+        if cache is not None and not isinstance(cache, DGACache):
+            raise ValueError(
+                f"past_key_values: expected a DGACache in a sharded model, got "
+                f"{type(cache).__name__}"
+            )
+        self.cut = cache is None or not cache.get_seq_length()
+        if cache is not None and not self.cut:
+            self._go_on(cache, given.get("input_ids"))
+            return args, kwargs
         tokens = given.get("input_ids")
         tokens = given["inputs_embeds"] if tokens is None else tokens
         length, device = tokens.shape[1], tokens.device
@@ -81,7 +100,8 @@ class ShardedForward:
             given["position_ids"] = shards.positions(device).clamp(max=length - 1)[None]
         else:
             given["position_ids"] = shards.shard(positions, 1)
-        given |= {"attention_mask": None, "use_cache": False}
+        self._keep(given, shards, device)
+        given |= {"attention_mask": None, "use_cache": cache is not None}
         for own in self.settings:
             own.sharded = _Call(shards, own.config, ids)
         sharded_masks(True)
@@ -91,7 +111,7 @@ class ShardedForward:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         sharded_masks(False)
-        if not self.gather or output is None or self.shards is None:
+        if not self.gather or output is None or self.shards is None or not self.cut:
             return output
         for name in GATHERED:
             part = getattr(output, name, None)
@@ -101,8 +121,51 @@ class ShardedForward:
                         f"gather: gathered {name} have no gradient; expected gather=False, or "
                         "torch.no_grad()"
                     )
-                output[name] = self.shards.unshard(part, 1)
+                output[name] = self._whole(part, self.shards)
         return output
+
+    def _keep(self, given: dict[str, Any], shards: Shards, device: torch.device) -> None:
+        """Make `logits_to_keep` the places of the last tokens in this rank's shard."""
+        count, self.kept = given.get("logits_to_keep"), None
+        if count is None or _is_zero(count):
+            return
+        if not self.gather or not isinstance(count, int):
+            raise ValueError(
+                f"logits_to_keep: expected a number, and gathered logits, got {count!r}, "
+                f"gather={self.gather}"
+            )
+        last = torch.arange(max(shards.length - count, 0), shards.length, device=device)
+        found = shards.positions(device) == last[:, None]
+        given["logits_to_keep"] = found.int().argmax(-1)
+        self.kept = found.any(-1)
+
+    def _whole(self, part: Tensor, shards: Shards) -> Tensor:
+        """The logits of all tokens, or of those to keep, on every rank."""
+        if self.kept is None:
+            return shards.unshard(part, 1)
+        with watched(shards.group, "flexdga, logits"):
+            mine = part.masked_fill(~self.kept[:, None], 0)
+            return all_reduce(mine, "sum", shards.group, "logits")
+
+    def _go_on(self, cache: DGACache, tokens: Tensor | None) -> None:
+        """New tokens after a prompt: the same on every rank."""
+        for layer in cache.layers:
+            if isinstance(layer, DGALayer) and not isinstance(layer.cache, ShardedCache):
+                raise ValueError(
+                    "past_key_values: expected a cache that this sharded model filled itself"
+                )
+        for own in self.settings:
+            own.sharded = None
+        if tokens is None:
+            return
+        group = group_of(self.mesh)
+        with watched(group, "flexdga, new tokens"):
+            every = funcol.wait_tensor(all_gather(tokens[None], group, "new tokens"))
+        if (every != every[:1]).any():
+            raise ValueError(
+                f"input_ids: expected the same new tokens on all ranks (when sampling, one seed "
+                f"for all), got {every.tolist()}"
+            )
 
     def _shards_of(self, length: int) -> Shards:
         if self.shards is None or self.shards.length != length:
@@ -117,10 +180,26 @@ class _Call:
     def __init__(self, shards: Shards, config: DGAConfig, ids: Tensor | None) -> None:
         self.shards, self.config, self.ids = shards, config, ids
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        layer: DGALayer | None,
+    ) -> Tensor:
+        config, cache = self.config, None
+        if layer is not None:
+            key, value = layer.taken()
+            config, old = layer.cache.config, layer.cache
+            cache = layer.cache = ShardedCache(
+                config, self.shards.group, max_length=old.max_length, int8=old.int8
+            )
+            cache.record_past = old.record_past
         return parallel_attention(
-            query, key, value, self.shards, config=self.config, scale=scale, document_ids=self.ids
-        )
+            query, key, value, self.shards, config=config, scale=scale, document_ids=self.ids,
+            cache=cache,
+        )  # fmt: skip
 
 
 def _documents(mask: Tensor | None, positions: Tensor | None, length: int) -> Tensor | None:

@@ -9,13 +9,16 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from helpers import small
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import flexdga
 from flexdga import DGAConfig, dga_attention
-from flexdga.parallel import RankError, Shards, parallel_attention, traffic
+from flexdga.decode import LayerCache
+from flexdga.parallel import RankError, ShardedCache, Shards, parallel_attention, traffic
 
 
 @functools.cache
@@ -62,6 +65,73 @@ def equals_one_process(
     return errors, dict(sent)
 
 
+def decoded(ranks, config, shape, steps, dtype, ids, int8):
+    """Errors of a sharded prefill and of new tokens after it, and bytes of both kinds of cache."""
+    torch.compiler.set_stance("force_eager")
+    length, total = shape[3], shape[3] + sum(steps)
+    whole = inputs(*shape[:3], total, shape[4], dtype)
+    shards = Shards(length, mesh(ranks), config)
+    one, cache = LayerCache(config, int8=int8), ShardedCache(config, mesh(ranks), int8=int8)
+    prompt = [t[:, :, :length] for t in whole]
+    parts = [shards.shard(t, 2) for t in prompt]
+    out = parallel_attention(*parts, shards, config=config, document_ids=ids, cache=cache)
+    want = one.attend(*prompt, document_ids=ids)
+    errors = [_error(out, shards.shard(want, 2))]
+    assert (cache.seen, cache.done, cache.num_slots) == (one.seen, one.done, one.num_slots)
+    at, opened = length, 0
+    for count in steps:
+        new = [t[:, :, at : at + count] for t in whole]
+        with traffic() as sent:
+            errors.append(_error(cache.attend(*new), one.attend(*new)))
+        opened += "parts of the output" in sent
+        at += count
+    return errors, opened
+
+
+def memory(config, shape):
+    """Of caches over all ranks, and in one process."""
+    torch.compiler.set_stance("force_eager")
+    whole = inputs(*shape, torch.float32)
+    group = mesh(dist.get_world_size())
+    shards = Shards(shape[3], group, config)
+    one, cache = LayerCache(config), ShardedCache(config, group)
+    parts = [shards.shard(t, 2) for t in whole]
+    parallel_attention(*parts, shards, config=config, cache=cache)
+    one.attend(*whole)
+    return cache.memory(), one.memory()
+
+
+def misused(config, shape):
+    """What was raised for caches that do not fit."""
+    torch.compiler.set_stance("force_eager")
+    group = mesh(dist.get_world_size())
+    shards = Shards(shape[3], group, config)
+    parts = [shards.shard(t, 2) for t in inputs(*shape, torch.float32)]
+    full, records = ShardedCache(config, group), ShardedCache(config, group)
+    records.record_past = True
+    parallel_attention(*parts, shards, config=config, cache=full)
+    raised = []
+    for cache in (full, records, ShardedCache(DGAConfig.paper(), group), LayerCache(config)):
+        try:
+            parallel_attention(*parts, shards, config=config, cache=cache)
+        except (TypeError, ValueError) as error:
+            raised.append(str(error))
+    return raised
+
+
+def decode_apart(config, shape, rank: int):
+    """A step in which one rank has another query, and so opens other units."""
+    torch.compiler.set_stance("force_eager")
+    group = mesh(dist.get_world_size())
+    shards = Shards(shape[3], group, config)
+    cache = ShardedCache(config, group)
+    parts = [shards.shard(t, 2) for t in inputs(*shape, torch.float32)]
+    parallel_attention(*parts, shards, config=config, cache=cache)
+    query, key, value = inputs(*shape[:3], 1, shape[4], torch.float32)
+    query = 4 * query  # opens something, either way
+    cache.attend(-query if dist.get_rank() == rank else query, key, value)
+
+
 def call_strangely(config, others: dict, shape):
     """A call in which some ranks have other configs."""
     torch.compiler.set_stance("force_eager")
@@ -89,20 +159,24 @@ def round_trip(length: int, config, balanced: bool):
     return at.tolist(), right and torch.equal(shards.unshard(part, 1), whole), shards.size
 
 
-def stall(config, shape, rank: int, timeout: float, die: bool):
+def stall(config, shape, rank: int, timeout: float, die: bool, decode: bool):
     """A call that one rank comes to too late, or dies before; others say what they were told."""
     torch.compiler.set_stance("force_eager")
     group = dist.new_group(timeout=timedelta(seconds=timeout))
     shards = Shards(shape[3], group, config)
     parts = [shards.shard(t, 2) for t in inputs(*shape, torch.float32)]
-    parallel_attention(*parts, shards, config=config)  # everybody is well
+    cache = ShardedCache(config, group) if decode else None
+    parallel_attention(*parts, shards, config=config, cache=cache)  # everybody is well
     if dist.get_rank() == rank:
         if die:
             os._exit(1)
         time.sleep(2 * timeout)
     begin = time.monotonic()
     try:
-        parallel_attention(*parts, shards, config=config)
+        if cache is None:
+            parallel_attention(*parts, shards, config=config)
+        else:
+            cache.attend(*inputs(*shape[:3], 1, shape[4], torch.float32))
     except RankError as error:
         return error.ranks, str(error), time.monotonic() - begin
     return None
@@ -113,13 +187,14 @@ def _error(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm().clamp(min=1e-12))
 
 
-def llama():
+def llama(spread: float = 0.02):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(3)
     config = LlamaConfig(
         vocab_size=64, hidden_size=96, intermediate_size=64, num_hidden_layers=3,
         num_attention_heads=6, num_key_value_heads=2, head_dim=16,
+        initializer_range=spread,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 
@@ -158,14 +233,60 @@ def wrapped(config, packed: bool, gradient: bool):
     return errors, replaced
 
 
+@functools.cache
+def two_dimensions():
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+
+
+def trained(config, length: int):
+    """Errors of gradients, and of parameters after a step, with FSDP2 over all ranks."""
+    torch.compiler.set_stance("force_eager")
+    whole = two_dimensions()
+    tokens = torch.randint(64, (2, length), generator=torch.Generator().manual_seed(5))
+    following = F.pad(tokens[:, 1:], (0, 1), value=-100)
+    one, model = flexdga.wrap(llama(0.2), config), llama(0.2)
+    both = whole["dp", "cp"]._flatten("dp_cp")
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=both)
+    fully_shard(model, mesh=both)
+    flexdga.wrap(model, config, mesh=whole["cp"], gather=False)
+
+    def loss(logits, labels):
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+
+    row = slice(whole.get_local_rank("dp"), whole.get_local_rank("dp") + 1)
+    shards = Shards(length, whole["cp"], config)
+    labels = shards.shard(following[row], 1, fill=-100)
+    # FSDP takes the mean over its ranks, of a sum of parts of the loss.
+    share = dist.get_world_size() / (following != -100).sum()
+    (loss(model(tokens[row]).logits, labels) * share).backward()
+    (loss(one(tokens, use_cache=False).logits, following) / (following != -100).sum()).backward()
+    pairs = list(zip(model.parameters(), one.parameters()))
+    errors = [_error(mine.grad.full_tensor(), theirs.grad) for mine, theirs in pairs]
+    for trained in (model, one):
+        torch.optim.SGD(trained.parameters(), lr=0.1).step()
+    errors += [_error(mine.full_tensor(), theirs) for mine, theirs in pairs]
+    sizes = [mine.to_local().numel() / theirs.numel() for mine, theirs in pairs]
+    return errors, sizes
+
+
+def sample_alone(model, tokens):
+    torch.manual_seed(dist.get_rank())
+    model.generate(tokens, do_sample=True, max_new_tokens=20)
+
+
 def refusals(config):
     """What each of some calls of a sharded model raised."""
+    from transformers import DynamicCache
+
     torch.compiler.set_stance("force_eager")
     model = flexdga.wrap(llama(), config, mesh=mesh(2))
     tokens = torch.zeros(1, 100, dtype=torch.long)
     calls = {
         "labels": lambda: model(tokens, labels=tokens),
-        "past_key_values": lambda: model.generate(tokens, max_new_tokens=2),
+        "past_key_values": lambda: model(tokens, past_key_values=DynamicCache()),
+        "logits_to_keep": lambda: model(tokens, logits_to_keep=torch.tensor([3])),
+        "input_ids": lambda: sample_alone(model, tokens),
         "attention_mask": lambda: model(tokens, attention_mask=torch.ones(1, 1, 100, 100)),
         "gather": lambda: model(tokens),
     }
@@ -179,3 +300,21 @@ def refusals(config):
     flexdga.unwrap(model)
     model.generate(tokens, max_new_tokens=2)
     return raised
+
+
+def generated(config, length: int, steps: int):
+    """What a sharded model generates, and one process; the error of logits; and what was sent."""
+    torch.compiler.set_stance("force_eager")
+    tokens = torch.randint(64, (2, length), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(tokens)
+    mask[1, :37] = 0
+    arguments = {"attention_mask": mask, "max_new_tokens": steps, "output_logits": True,
+                 "return_dict_in_generate": True}  # fmt: skip
+    layers = {2: None}
+    one, model = (flexdga.wrap(llama(0.2), config, layers=layers, **more)
+                  for more in ({}, {"mesh": mesh(2)}))  # fmt: skip
+    want = one.generate(tokens, **arguments)
+    with traffic() as sent:
+        got = model.generate(tokens, **arguments)
+    error = _error(torch.stack(got.logits), torch.stack(want.logits))
+    return got.sequences, want.sequences, error, dict(sent)

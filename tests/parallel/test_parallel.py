@@ -54,6 +54,17 @@ PLAIN, GROUPED = (2, 2, 2), (1, 6, 2)
             small(scope="causal", grouping="similarity"), (*PLAIN, 500, 32), {}, id="similarity"
         ),
         pytest.param(DGAConfig.block_selection(open_units=3), (*GROUPED, 500, 32), {}, id="blocks"),
+        pytest.param(
+            DGAConfig.h2o(window=64), (*GROUPED, 1000, 32), {}, id="focal, whole prompt"
+        ),
+        pytest.param(
+            small(grouping="similarity", group_weights="importance", sinks=6),
+            (*PLAIN, 700, 32), {"ids": packed(700)}, id="focal tokens of whole documents",
+        ),
+        pytest.param(
+            small(unit_size=16, open_units=2, importance="peak", probe_placement="tail"),
+            (*GROUPED, 500, 32), {}, id="focal tokens beside open units",
+        ),
         pytest.param(DEFAULT, (*PLAIN, 33, 32), {}, id="shorter than its ranks"),
         pytest.param(
             DGAConfig.streaming_llm(window=40, sinks=0), (*PLAIN, 500, 32), {}, id="no slots"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import parallel_work
+import pytest
 from helpers import small
 from ranks import Ranks
+
+from flexdga import DGAConfig
 
 SHAPE = (1, 2, 2, 300, 32)
 TIMEOUT = 4.0
@@ -12,8 +15,13 @@ LATE = 1
 """The rank that is missing."""
 
 
-def test_a_rank_that_stalls_is_named(ranks):
-    found = ranks.run(parallel_work.stall, small(scope="causal"), SHAPE, LATE, TIMEOUT, False)
+@pytest.mark.parametrize(
+    ("config", "decode"),
+    [(small(scope="causal"), False), (DGAConfig(dense_below=0), True)],
+    ids=["attention", "decoding"],
+)
+def test_a_rank_that_stalls_is_named(ranks, config, decode):
+    found = ranks.run(parallel_work.stall, config, SHAPE, LATE, TIMEOUT, False, decode)
     check(found)
     # When it comes at last, it is told that the others gave up.
     missing, message, _ = found[LATE][0]
@@ -23,7 +31,7 @@ def test_a_rank_that_stalls_is_named(ranks):
 def test_a_rank_that_dies_is_named():
     pool = Ranks(3)
     try:
-        arguments = (small(scope="causal"), SHAPE, LATE, TIMEOUT, True)
+        arguments = (small(scope="causal"), SHAPE, LATE, TIMEOUT, True, False)
         check(pool.run(parallel_work.stall, *arguments, lost=[LATE]))
     finally:
         pool.stop()

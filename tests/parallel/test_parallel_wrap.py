@@ -8,6 +8,7 @@ import torch
 from helpers import small
 
 import flexdga
+from flexdga import DGAConfig
 
 pytest.importorskip("transformers")
 CONFIG = small(scope="causal")
@@ -25,6 +26,21 @@ def test_logits_equal_one_process(ranks, packed):
 def test_gradients_equal_one_process(ranks):
     for errors, _ in ranks.results(parallel_work.wrapped, CONFIG, False, True):
         assert max(errors) < LIMIT, errors
+
+
+def test_a_training_step_with_fsdp_equals_one_process(ranks):
+    for errors, sizes in ranks.results(parallel_work.trained, CONFIG, 301):
+        assert max(errors) < 10 * LIMIT, errors  # weights ten times as large
+        assert max(sizes) < 0.3  # of each parameter, a quarter on each of four ranks
+
+
+def test_tokens_equal_one_process(ranks):
+    config = DGAConfig(dense_below=0, open_mass=0.01)
+    for got, want, error, sent in ranks.results(parallel_work.generated, config, 301, 50):
+        assert got.shape == (2, 351) and torch.equal(got, want)
+        assert error < 10 * LIMIT, error  # weights ten times as large
+        assert len(set(got[0, 301:].tolist())) > 10  # a text that does not repeat itself
+        assert sent["parts of the output"] > 0  # units were opened
 
 
 def test_what_a_sharded_model_cannot_do(ranks):

@@ -285,7 +285,7 @@ def _run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """
     if torch.compiler.is_compiling():
         return function(*args, **kwargs)
-    args = torch.utils._pytree.tree_map_only(Tensor, _mark_dynamic, args)
+    args, kwargs = torch.utils._pytree.tree_map_only(Tensor, _mark_dynamic, (args, kwargs))
     for plan in args:
         if isinstance(plan, Plan) and plan.open is not None:
             torch._dynamo.maybe_mark_dynamic(plan.open, 3)  # its units too grow with the length

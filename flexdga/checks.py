@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flexdga.config import DGAConfig
 from flexdga.plan import Plan
+from flexdga.storage import Columns
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8)
@@ -146,3 +147,25 @@ def _check_order(ids: Tensor) -> None:
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
+
+
+def check_step(
+    query: Tensor, key: Tensor, value: Tensor, document_ids: Tensor | None, held: Columns
+) -> None:
+    """The same for new tokens over a cache that holds these columns."""
+    for name, tensor, like in (("key", key, held.key), ("value", value, held.value)):
+        expected = (*like.shape[:2], query.shape[2], like.shape[3])
+        if tuple(tensor.shape) != expected:
+            raise ValueError(
+                f"{name}: expected {expected} to fit the cache, got {tuple(tensor.shape)}"
+            )
+    if query.shape[0] != key.shape[0] or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"query: expected a batch of {key.shape[0]} and a multiple of {key.shape[1]} "
+            f"heads, got {tuple(query.shape)}"
+        )
+    if document_ids is not None and tuple(document_ids.shape) != (query.shape[0], query.shape[2]):
+        raise ValueError(
+            f"document_ids: expected {(query.shape[0], query.shape[2])}, one for each new "
+            f"token, got {tuple(document_ids.shape)}"
+        )

@@ -15,11 +15,19 @@ import torch
 from torch import Tensor
 
 from flexdga.attention import dga_attention, make_plan
+from flexdga.checks import check_step
 from flexdga.config import DGAConfig
 from flexdga.exact import attend_all
 from flexdga.far_units import FarUnits, raw_log_mass
-from flexdga.handoff import seen_after, sinks_after, slots_after, slots_of_units
-from flexdga.indexing import compact, take_rows
+from flexdga.handoff import (
+    first_real,
+    goes_on,
+    raw_columns,
+    seen_after,
+    sinks_after,
+    slots_after,
+    slots_of_units,
+)
 from flexdga.plan import NEVER
 from flexdga.planner import (
     group_slots_per_unit,
@@ -170,7 +178,8 @@ class LayerCache:
                     )
                 )
             else:
-                self._check(query, key, value, document_ids)
+                assert self._buffer is not None
+                check_step(query, key, value, document_ids, self._buffer.visible())
             while at < total:  # in stretches in which no unit is handed over
                 count = min(total - at, self._next_due() - self.seen)
                 if self._far is not None:  # openings are those of one query block
@@ -225,26 +234,6 @@ class LayerCache:
             self._far.forget(left)
         self.seen = left
 
-    def _check(self, query: Tensor, key: Tensor, value: Tensor, ids: Tensor | None) -> None:
-        assert self._buffer is not None
-        held = self._buffer.visible()
-        for name, tensor, like in (("key", key, held.key), ("value", value, held.value)):
-            expected = (*like.shape[:2], query.shape[2], like.shape[3])
-            if tuple(tensor.shape) != expected:
-                raise ValueError(
-                    f"{name}: expected {expected} to fit the cache, got {tuple(tensor.shape)}"
-                )
-        if query.shape[0] != key.shape[0] or query.shape[1] % key.shape[1]:
-            raise ValueError(
-                f"query: expected a batch of {key.shape[0]} and a multiple of {key.shape[1]} "
-                f"heads, got {tuple(query.shape)}"
-            )
-        if ids is not None and tuple(ids.shape) != (query.shape[0], query.shape[2]):
-            raise ValueError(
-                f"document_ids: expected {(query.shape[0], query.shape[2])}, one for each new "
-                f"token, got {tuple(ids.shape)}"
-            )
-
     def _extend(
         self,
         query: Tensor,
@@ -260,7 +249,7 @@ class LayerCache:
         self._pool_due(time, scale)
         if real is not None:
             begun = self._doc_first < time
-            self._doc_first = torch.where(begun, self._doc_first, time + _first_real(real))
+            self._doc_first = torch.where(begun, self._doc_first, time + first_real(real))
         # Cropping may take the text below `dense_below` again.
         if time + 1 >= self.config.dense_below + (HELD if self.record_past else 0):
             self._keep_far()
@@ -332,7 +321,8 @@ class LayerCache:
         ids: Tensor | None,
     ) -> Tensor:
         length = key.shape[2]
-        real = self._begin(ids, key.shape[0], length, key.device)
+        real = goes_on(ids, (key.shape[0], length), key.device)
+        self._doc_first = first_real(real)
         plan = None
         whole = length < self.config.dense_below
         if whole or self.config.prefill == "dense":
@@ -370,24 +360,6 @@ class LayerCache:
         self._pool_due(length - 1, scale)
         return out
 
-    def _begin(self, ids: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
-        """(B, L) bool: the tokens of a prompt that decoding goes on from.
-
-        Raises:
-            ValueError: a row ends in padding.
-        """
-        real = torch.ones(batch, length, dtype=torch.bool, device=device)
-        if ids is not None:
-            bad = ((ids[:, -1] < 0) & (ids >= 0).any(-1)).nonzero()
-            if len(bad):
-                raise ValueError(
-                    f"document_ids: decoding goes on from a row's last token; expected padding on "
-                    f"the left, got row {int(bad[0, 0])}, which ends in padding"
-                )
-            real = (ids == ids[:, -1:]) & (ids >= 0)  # not padding, nor a document that ended
-        self._doc_first = _first_real(real)
-        return real
-
     def _settle(self, raw: Tensor) -> None:
         """How much of a planned prompt is done, of which the last query sees these tokens raw."""
         # Heads keep different tokens raw. All get as many columns, and whole units are done.
@@ -400,26 +372,11 @@ class LayerCache:
     def _recent(
         self, query: Tensor, key: Tensor, value: Tensor, raw: Tensor
     ) -> tuple[Columns, Origins]:
-        """Raw columns to begin with: tokens in order, at the end of their columns.
-
-        Args:
-            query: (B, H, n, D) of the last n tokens.
-            key: (B, Hkv, n, D).
-            value: (B, Hkv, n, Dv).
-            raw: (B, Hkv, n) bool, those that stay raw.
-        """
-        length, live = key.shape[2], self.seen - self.done
-        token = length - 1 - compact(raw.flip(-1), live).flip(-1)
-        token = torch.where(token < length, token, -1)
-        here = token >= 0
-        bias = torch.where(here, 0.0, -math.inf).to(key)
-        position = torch.where(here, token + self.seen - length, -1)
-        # Columns of nothing are 0: what is grouped by likeness is scaled by all of its unit.
-        columns = Columns(_rows_or_0(key, token), _rows_or_0(value, token), bias, position)
-        queries = query[:, :, :0]
-        if self.keeps_queries:
-            queries = _rows_or_0(query, token.repeat_interleave(query.shape[1] // key.shape[1], 1))
-        return columns, Origins(torch.where(here, self._doc_first[:, None], NEVER), queries)
+        """`raw_columns` of the last tokens of a prompt."""
+        return raw_columns(
+            query, key, value, raw, self._doc_first,
+            live=self.seen - self.done, seen=self.seen, keep_queries=self.keeps_queries,
+        )  # fmt: skip
 
     def _store(self, columns: Columns, origins: Origins, slots: Columns | None) -> None:
         """Begin with a prompt's raw columns and its slots."""
@@ -488,14 +445,3 @@ class LayerCache:
             )
         self._buffer.pool(count, slots, self._steady)
         self.done, self._pooled_at = end, self._due(end - unit)
-
-
-def _rows_or_0(x: Tensor, index: Tensor) -> Tensor:
-    return take_rows(x, index).masked_fill((index < 0)[..., None], 0)
-
-
-def _first_real(real: Tensor) -> Tensor:
-    """(B, 1) int32: the first real token of each row, or the row's length."""
-    none = ~real.any(-1, keepdim=True)
-    first = real.int().argmax(-1, keepdim=True).masked_fill(none, real.shape[1])
-    return first.to(torch.int32)

@@ -15,6 +15,76 @@ from flexdga.planner import leaves_window, plan_units
 from flexdga.storage import Columns, Origins
 
 
+def goes_on(ids: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor:
+    """(B, L) bool: the tokens of a prompt that decoding goes on from.
+
+    Args:
+        ids: (B, L) documents, or None.
+        shape: (B, L).
+        device: where to put them.
+
+    Raises:
+        ValueError: a row ends in padding.
+    """
+    if ids is None:
+        return torch.ones(shape, dtype=torch.bool, device=device)
+    bad = ((ids[:, -1] < 0) & (ids >= 0).any(-1)).nonzero()
+    if len(bad):
+        raise ValueError(
+            f"document_ids: decoding goes on from a row's last token; expected padding on "
+            f"the left, got row {int(bad[0, 0])}, which ends in padding"
+        )
+    return (ids == ids[:, -1:]) & (ids >= 0)  # not padding, nor a document that ended
+
+
+def first_real(real: Tensor) -> Tensor:
+    """(B, 1) int32: the first real token of each row, or the row's length."""
+    none = ~real.any(-1, keepdim=True)
+    first = real.int().argmax(-1, keepdim=True).masked_fill(none, real.shape[1])
+    return first.to(torch.int32)
+
+
+def raw_columns(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    raw: Tensor,
+    doc_first: Tensor,
+    *,
+    live: int,
+    seen: int,
+    keep_queries: bool,
+) -> tuple[Columns, Origins]:
+    """Raw tokens of a prompt, in order at the end of `live` columns.
+
+    Args:
+        query: (B, H, n, D) of its last n tokens.
+        key: (B, Hkv, n, D).
+        value: (B, Hkv, n, Dv).
+        raw: (B, Hkv, n) bool, those that stay raw.
+        doc_first: (B, 1) first token of each row's document.
+        live: how many columns.
+        seen: tokens of the prompt.
+        keep_queries: whether the queries are wanted too.
+    """
+    count = key.shape[2]
+    token = count - 1 - compact(raw.flip(-1), live).flip(-1)
+    token = torch.where(token < count, token, -1)
+    here = token >= 0
+    bias = torch.where(here, 0.0, -math.inf).to(key)
+    position = torch.where(here, token + seen - count, -1)
+    # Columns of nothing are 0: what is grouped by likeness is scaled by all of its unit.
+    columns = Columns(_rows_or_0(key, token), _rows_or_0(value, token), bias, position)
+    queries = query[:, :, :0]
+    if keep_queries:
+        queries = _rows_or_0(query, token.repeat_interleave(query.shape[1] // key.shape[1], 1))
+    return columns, Origins(torch.where(here, doc_first[:, None], NEVER), queries)
+
+
+def _rows_or_0(x: Tensor, index: Tensor) -> Tensor:
+    return take_rows(x, index).masked_fill((index < 0)[..., None], 0)
+
+
 def seen_after(plan: Plan, length: int) -> Tensor:
     """(B, Hkv, S) bool: the slots of the plan that the last of `length` queries sees."""
     return (plan.start < length) & (plan.end >= length)

@@ -27,7 +27,7 @@ from flexdga.static_layout import Layout
 from . import hardware, options
 from .errors import UsageError
 from .export_report import ExportReport, ExportRow, Made
-from .export_ways import Way, eager, exported
+from .export_ways import Way, compiled, eager, exported
 from .progress import Stages
 
 LENGTHS = (512, 1024, 2048)
@@ -59,6 +59,8 @@ assert not {"flexdga", "transformers", "score_mods"} & set(sys.modules)
 
 Asked = dict[tuple[int, int], tuple[Tensor, Tensor]]
 """By length and batch: a prompt (B, L), and the tokens (B, T) that follow it."""
+Answers = dict[tuple[int, int], Tensor]
+"""By length and batch: logits (B, 1 + T, vocabulary)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Options:
 
     model: Path
     attention: tuple[str, ...]
+    compiled: bool
     lengths: tuple[int, ...]
     tokens: int
     capacity: int
@@ -86,6 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--attention", nargs="+", choices=list(SHOWN), default=list(SHOWN),
         help="what is exported (default both)",
     )  # fmt: skip
+    add("--compiled", action="store_true",
+        help="time the same under torch.compile too, which takes as long to make")  # fmt: skip
     add("--layers", type=options.positive_int, metavar="N", help="its first N layers alone")
     add(
         "--lengths", type=options.lengths, metavar="L,L,...",
@@ -117,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
     if chosen.threads is not None:
         torch.set_num_threads(chosen.threads)
     model = _open(chosen)
-    stages = Stages(2 * len(chosen.attention) + len(chosen.lengths))
+    stages = Stages((2 + chosen.compiled) * len(chosen.attention) + len(chosen.lengths))
     with stages, tempfile.TemporaryDirectory() as folder, torch.no_grad():
         made, rows = _measure(model, chosen, Path(folder), stages)
     report = ExportReport(
@@ -158,7 +163,8 @@ def _check(a: argparse.Namespace) -> Options:
     tokens = a.tokens or (QUICK_TOKENS if a.quick else TOKENS)
     config = options.parse_config(a.config, dense_below=0)
     return Options(
-        model=a.model, attention=tuple(dict.fromkeys(a.attention)), lengths=lengths, tokens=tokens,
+        model=a.model, attention=tuple(dict.fromkeys(a.attention)), compiled=a.compiled,
+        lengths=lengths, tokens=tokens,
         capacity=_capacity(a.capacity, lengths[-1] + tokens, config), layers=a.layers,
         threads=a.threads, seed=a.seed, config=config,
         tolerance=a.tolerance, json=a.json,
@@ -220,10 +226,22 @@ def _measure(
             made.append(of_export)
             stages.end()
         stages.begin(f"{name}: check")
-        for length, error in _errors(path, asked, python).items():
-            errors[package.name, length] = error
+        want = _answers(python, asked)
+        for (length, _), error in _errors(_answers_elsewhere(path, asked), want).items():
+            errors[package.name, length] = max(errors.get((package.name, length), 0.0), error)
         stages.end()
         ways += [package, python]
+        if chosen.compiled:
+            stages.begin(f"{name}: torch.compile")
+            first = asked[chosen.lengths[0], BATCHES[0]][0]
+            way, of_compile = compiled(f"{name} compiled", model, config, first, chosen.capacity)
+            made.append(of_compile)
+            # Of one row alone: more would be compiled anew.
+            rows_of_one = {at: asked[at] for at in asked if at[1] == BATCHES[0]}
+            for (length, _), error in _errors(_answers(way, rows_of_one), want).items():
+                errors[way.name, length] = error
+            stages.end()
+            ways.append(way)
     rows: list[ExportRow] = []
     for length in chosen.lengths:
         stages.begin(f"L = {length}: timing")
@@ -239,8 +257,8 @@ def _tokens(model: Any, batch: int, length: int) -> Tensor:
 # What they say, and how fast
 
 
-def _errors(path: Path, asked: Asked, python: Way) -> dict[int, float]:
-    """By length, of a new process: the worst batch's relative error, prompt and tokens together."""
+def _answers_elsewhere(path: Path, asked: Asked) -> Answers:
+    """Of the package, in a new process."""
     question, answer = path.with_name("asked.pt"), path.with_name("answered.pt")
     torch.save(list(asked.values()), question)
     done = subprocess.run(
@@ -248,14 +266,22 @@ def _errors(path: Path, asked: Asked, python: Way) -> dict[int, float]:
     )
     if done.returncode:
         raise RuntimeError(f"the package does not run with torch alone:\n{done.stderr}")
-    errors: dict[int, float] = {}
-    with python.ready():
-        for (length, _), (tokens, following), got in zip(asked, asked.values(), torch.load(answer)):
-            logits, state = python.prompt(tokens)
-            steps = [python.step(token, state) for token in following.split(1, 1)]
-            error = relative_error(got, torch.cat([logits, *steps], 1))
-            errors[length] = max(errors.get(length, 0.0), error)
-    return errors
+    return dict(zip(asked, torch.load(answer)))
+
+
+def _answers(way: Way, asked: Asked) -> Answers:
+    found: Answers = {}
+    with way.ready():
+        for at, (tokens, following) in asked.items():
+            logits, state = way.prompt(tokens)
+            steps = [way.step(token, state) for token in following.split(1, 1)]
+            found[at] = torch.cat([logits, *steps], 1)
+    return found
+
+
+def _errors(got: Answers, want: Answers) -> dict[tuple[int, int], float]:
+    """By length and batch: relative errors, prompt and tokens together."""
+    return {at: relative_error(x, want[at]) for at, x in got.items()}
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -10,13 +10,14 @@ from .report import listed, number, table, write_json
 
 LEGEND = {
     "exported": "the package, prompt and decode step as its two entry points. eager: the model in "
-    "Python over a DGACache, whose attention alone is compiled.",
+    "Python over a DGACache, whose attention alone is compiled. compiled: what is exported, under "
+    "torch.compile(fullgraph=True, dynamic=True).",
     "dense": "the model with dense attention, exported in the same way.",
     "prompt ms": "a prompt of one row, to the logits after it; median of calls in turn, ± half "
     "the distance from the fastest to the slowest. token ms: each token after it.",
-    "error": "|exported - eager| / |eager| (Frobenius norms) of the logits after the prompt and "
-    "after each token, in a process that imports torch alone; the worse of batch 1 and 3.",
-    "made in s": "export and compilation of both entry points. "
+    "error": "|x - eager| / |eager| (Frobenius norms) of the logits after the prompt and after "
+    "each token; exported, the worse of batch 1 and 3 in a process that imports torch alone.",
+    "made in s": "export and compilation of both entry points; compiled, for one row. "
     "CPU s: of all processes, which others on the machine do not lengthen as much.",
 }
 

@@ -1,7 +1,8 @@
-"""Ways to run a model as a prompt and then token by token: in Python, or exported."""
+"""Ways to run a model as a prompt and then token by token: in Python, compiled, or exported."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import os
@@ -10,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import flexdga
@@ -70,6 +72,24 @@ def exported(
     loaded = (flexdga.load(path, entry) for entry in ("prefill", "decode"))
     made = Made(name, clock.seconds, clock.cpu_seconds, path.stat().st_size / 2**20)
     return _entries(name, *loaded), made
+
+
+def compiled(
+    name: str, model: Any, config: DGAConfig, example: Tensor, capacity: int
+) -> tuple[Way, Made]:
+    """What is exported, under torch.compile instead, and compiled here for `example`'s batch."""
+    from flexdga.entry_points import Prompt, Step
+
+    # A copy over the same weights, wrapped for good: each wrapping would be compiled anew.
+    own = flexdga.wrap(copy.deepcopy(model, {id(p): p for p in model.parameters()}), config)
+    compile_: Any = torch.compile  # its annotations lag behind its arguments
+    prompt, step = (
+        compile_(entry(own, capacity), fullgraph=True, dynamic=True) for entry in (Prompt, Step)
+    )
+    with _Clock() as clock:
+        logits, *state = prompt(example)
+        step(logits.argmax(-1), *state)
+    return _entries(name, prompt, step), Made(name, clock.seconds, clock.cpu_seconds, None)
 
 
 class _Clock:

@@ -29,17 +29,17 @@ class StaticLayer(DGALayer):
     Args:
         layout: their sizes.
         shared: what the layers share.
-        state: from a prompt; None for one to come.
+        state: from a prompt; empty for one to come.
     """
 
-    def __init__(self, layout: Layout, shared: Shared, state: State | None = None) -> None:
+    def __init__(self, layout: Layout, shared: Shared, state: State) -> None:
         self.layout, self.shared, self.state = layout, shared, state
         self.waiting = None
 
     @property
     def is_initialized(self) -> bool:
         """Whether it has seen a token."""
-        return self.state is not None
+        return bool(self.state)
 
     def counts(self) -> tuple[int, int]:
         """Room for tokens, and the columns that stand for them."""
@@ -69,12 +69,13 @@ class StaticLayer(DGALayer):
                 "sinks in the score) nor padding; expected a model and inputs without them"
             )
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        if self.state is not None:
+        if self.state:
             time, seen = self.shared.time, self.shared.seen
             assert time is not None
             return step(query, key, value, self.state, time, self.layout, scale, seen)
         length = self.shared.filled_length(key.shape[2], self.layout)
-        out, self.state = remember(query, key, value, length, self.layout, scale)
+        out, made = remember(query, key, value, length, self.layout, scale)
+        self.state.update(made)
         return out
 
 
@@ -124,9 +125,9 @@ class Prompt(_Entry):
         length = tokens.shape[1]
         torch._check(length <= self.capacity)
         shared = Shared()
-        layers = [StaticLayer(layout, shared) for layout in self.layouts]
+        layers = [StaticLayer(layout, shared, {}) for layout in self.layouts]
         logits = _logits(self.model, tokens, layers, logits_to_keep=1)
-        state = [t for layer in layers if layer.state for t in layer.state.values()]
+        state = [t for layer in layers for t in layer.state.values()]
         return logits, torch.full((), length, device=tokens.device), *state
 
 
@@ -139,11 +140,10 @@ class Step(_Entry):
         torch._check(seen >= 1)
         torch._check(seen < self.capacity)
         time = length.clone()
-        shared, tensors = Shared(time, seen), iter(state)
-        layers = [
-            StaticLayer(layout, shared, {name: next(tensors) for name in layout.names})
-            for layout in self.layouts
-        ]
+        shared, layers = Shared(time, seen), []
+        for layout in self.layouts:
+            own, state = state[: len(layout.names)], state[len(layout.names) :]
+            layers.append(StaticLayer(layout, shared, dict(zip(layout.names, own))))
         logits: Tensor = _logits(self.model, token, layers, position_ids=time.view(1, 1))
         length.add_(1)
         return logits

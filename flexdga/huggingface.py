@@ -47,7 +47,7 @@ class Settings:
 
     def __init__(self, config: DGAConfig, row: LayerReport) -> None:
         self.config, self.row = config, row
-        self.mods: dict[tuple[Any, ...], ScoreMod | None] = {}
+        self.mods: dict[tuple[Any, ...], ScoreMod] = {}
         # Attention over shards (`parallel`), if the model's last forward pass was of one.
         self.sharded: Callable[..., Tensor] | None = None
 
@@ -197,12 +197,14 @@ def _count(own: Settings, length: int, layer: DGALayer | None) -> None:
 
 def _score_mod(own: Settings, softcap: float | None, s_aux: Tensor | None) -> ScoreMod | None:
     """The layer's score mod. Made once: a compiled kernel knows it by its identity."""
+    if softcap is None and s_aux is None:
+        return None
     which = (softcap, id(s_aux))
     if which not in own.mods:
         mods = [] if softcap is None else [score_mods.softcap(softcap)]
         if s_aux is not None:
             mods.append(score_mods.attention_sinks(s_aux))
-        own.mods[which] = score_mods.compose(*mods) if mods else None
+        own.mods[which] = score_mods.compose(*mods)
     return own.mods[which]
 
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import logging
 import os
 import sys
 import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._inductor import sizevars
-from torch._inductor.codegen import cpp
 from torch._inductor.package.package import load_package, package_aoti
 from torch.export import Dim, ExportedProgram, ShapesCollection
 
 from flexdga import cpu_kernel
+from flexdga.inductor import checked_inputs, long_memory
 from flexdga.lowering import OPERATOR, lower
 
 _log = logging.getLogger("flexdga")
@@ -44,9 +41,9 @@ def export(
 
     The file is an AOTInductor package, for this machine's kind of processor: `flexdga.load` runs
     it, as `torch._inductor.aoti_load_package` and C++'s `AOTIModelPackageLoader` do. It holds the
-    weights, and is made without gradients. Its inputs are to be contiguous, as AOTInductor expects
-    without a check. Of a transformers model it is a prefill without a
-    cache, whose only result is the first one of the model: the logits of a language model.
+    weights, and is made without gradients. Its inputs are to be contiguous, and of the examples'
+    dtypes; it refuses others. Of a transformers model it is a prefill without a cache, whose only
+    result is the first one of the model: the logits of a language model.
 
     With `dynamic`, batch and length are those of each call. There is then no branch on
     `DGAConfig.dense_below`: see `flexdga.lower`.
@@ -113,8 +110,10 @@ def export(
     return target
 
 
-def load(path: str | os.PathLike[str], entry: str = "model") -> Any:
+def load(path: str | os.PathLike[str], entry: str = "model") -> Callable[..., Any]:
     """The exported model, to be called as the model was with `example_inputs`.
+
+    It raises a ValueError for an input that is not contiguous.
 
     Args:
         path: of the package.
@@ -130,7 +129,19 @@ def load(path: str | os.PathLike[str], entry: str = "model") -> Any:
     found = sorted({part.split("/")[0] for part in parts if "/" in part})
     if entry not in found:
         raise ValueError(f"entry: expected one of {found} for {path}, got {entry!r}")
-    return load_package(os.fspath(path), entry)
+    program = load_package(os.fspath(path), entry)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        for name, x in [*enumerate(args), *kwargs.items()]:
+            # Not made contiguous here: `decode` changes its state in place.
+            if isinstance(x, Tensor) and not x.is_contiguous():
+                raise ValueError(
+                    f"input {name}: expected a contiguous tensor (x.contiguous() makes one), got "
+                    f"{tuple(x.shape)} with strides {x.stride()}"
+                )
+        return program(*args, **kwargs)
+
+    return run
 
 
 def _generation(
@@ -172,34 +183,12 @@ def _compiled(name: str, program: ExportedProgram, options: Mapping[str, Any] | 
     args, kwargs = lowered.example_inputs
     chosen = dict(options or {}) | {"aot_inductor.package": True}
     _log.info("flexdga.export: compiling %s, %d nodes", name, len(lowered.graph.nodes))
-    with _long_memory():
+    with long_memory(), checked_inputs():
         files = torch._inductor.aot_compile(
             lowered.module(check_guards=False), args, kwargs, options=chosen
         )
     _log.info("flexdga.export: %s took %.0f s", name, time.perf_counter() - began)
     return files
-
-
-@contextlib.contextmanager
-def _long_memory() -> Iterator[None]:
-    """Inductor (torch 2.13) forgets an index after 128 more; the layers of a model repeat them.
-
-    Of 30 layers' prompt and step it asked for 27873 strides, 351 of which differ.
-    """
-    forgetful = [
-        (module, name)
-        for name in ("stride_at", "simplify_index_in_vec_range", "stride_at_vec_range")
-        for module in (sizevars, cpp)
-        if hasattr(getattr(module, name, None), "__wrapped__")
-    ]
-    before = [getattr(module, name) for module, name in forgetful]
-    try:
-        for (module, name), short in zip(forgetful, before):
-            setattr(module, name, functools.cache(short.__wrapped__))
-        yield
-    finally:
-        for (module, name), short in zip(forgetful, before):
-            setattr(module, name, short)
 
 
 class _Prefill(nn.Module):
@@ -253,7 +242,8 @@ def _check_inputs(model: nn.Module, inputs: Inputs) -> tuple[tuple[Tensor, ...],
             raise TypeError(f"example_inputs: expected tensors, got {type(x).__name__} among them")
     if not args and not kwargs:
         raise ValueError("example_inputs: expected at least one tensor, got none")
-    return args, kwargs
+    args = tuple(x.contiguous() for x in args)
+    return args, {name: x.contiguous() for name, x in kwargs.items()}
 
 
 def _check_decodes(

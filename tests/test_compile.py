@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import TOLERANCE, qkv, relative_error, small
+from test_export_decode import CAPACITY, CONFIGS, generated, llama, tokens
 from test_planner import layout_arguments
 from torch._dynamo.utils import counters
 
@@ -102,6 +103,32 @@ def test_a_users_compile_serves_every_length():
         with torch.compiler.set_stance("force_eager"):
             assert relative_error(got, layer(*inputs)) < TOLERANCE[torch.float32]
     assert graphs() == 2
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_prompt_and_step_are_two_graphs_for_all_lengths(backend):
+    """Over tensors of fixed size, generation too; a batch of one row is compiled once more."""
+    from flexdga.entry_points import Prompt, Step
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = llama(CONFIGS["window"], layers=1)
+    prompt, step = (
+        torch.compile(entry(model, CAPACITY), fullgraph=True, dynamic=True, backend=backend)
+        for entry in (Prompt, Step)
+    )
+    seen = []
+    for batch, length in ((3, 200), (2, 133), (4, 301), (1, 77), (1, 250)):
+        first = tokens(batch, length)
+        logits, *state = prompt(first)
+        out = [first]
+        for _ in range(40):
+            out.append(logits.argmax(-1))
+            logits = step(out[-1], *state)
+        with torch.compiler.set_stance("force_eager"):
+            assert torch.equal(torch.cat(out, 1), generated(model, first, 40))
+        seen.append(graphs())
+    assert seen == [2, 2, 2, 4, 4], seen
 
 
 def test_no_create_block_mask_on_the_way(monkeypatch):

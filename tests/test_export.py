@@ -274,6 +274,23 @@ def test_the_attention_op_alone_as_a_package(config, tmp_path):
         torch.compiler.set_stance("default")
 
 
+def test_a_package_refuses_what_it_would_read_wrongly(tmp_path):
+    """With and without flexdga; AOTInductor itself takes strides and dtypes for granted."""
+    model = Attention(DGAConfig.dense())
+    path = flexdga.export(model, qkv(2, 4, 2, 150), tmp_path / "model.pt2")
+    program, loaded = torch._inductor.aoti_load_package(str(path)), flexdga.load(path)
+    query, *others = qkv(1, 8, 2, 77)
+    cut = query[:, :4]  # of one row, and so contiguous
+    assert relative_error(program(cut, *others), model(cut, *others)) < FLOAT32
+    for wrong in (query[:, ::2], qkv(1, 4, 4, 200)[0][:, :, :77], cut.mT.contiguous().mT):
+        with pytest.raises(ValueError, match="input 0: expected a contiguous tensor"):
+            loaded(wrong, *others)
+        with pytest.raises(RuntimeError):
+            program(wrong, *others)
+    with pytest.raises(RuntimeError):
+        program(cut.double(), *others)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_a_whole_model_as_a_package(dynamic, tmp_path):

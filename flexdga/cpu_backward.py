@@ -195,10 +195,12 @@ def _folded(info: Any, dims: _Dims, tensors: Sequence[Tensor | None]) -> list[Te
     """Tensors (B, ...) and the dimension that is mapped over, as one batch (N·B, ...)."""
     made: list[Tensor | None] = []
     for tensor, dim in zip(tensors, dims):
-        if tensor is not None:
-            every = tensor[None] if dim is None else tensor.movedim(dim, 0)
-            tensor = every.expand(info.batch_size, *every.shape[1:]).flatten(0, 1)
-        made.append(tensor)
+        if tensor is None:
+            made.append(None)
+        elif dim is None:  # a copy: a stride of 0 would be compiled anew
+            made.append(tensor.repeat(info.batch_size, *[1] * (tensor.dim() - 1)))
+        else:
+            made.append(tensor.movedim(dim, 0).flatten(0, 1))
     return made
 
 

@@ -43,6 +43,7 @@ class Claim:
         tables: rows of text by title.
         rows: every number, by table, for JSON and pictures.
         seconds: how long it took.
+        cpu_seconds: what it took of the CPU, all threads together.
     """
 
     number: str
@@ -53,10 +54,11 @@ class Claim:
     tables: dict[str, list[dict[str, str]]]
     rows: dict[str, list[Row]]
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
     def text(self) -> str:
         """Title, the paper's words, tables, findings."""
-        head = f"{self.number}. {self.title} ({self.seconds:.0f} s)"
+        head = f"{self.number}. {self.title} ({self.seconds:.0f} s; CPU {self.cpu_seconds:.0f} s)"
         parts = [f"{head}\n{wrap(f'Paper: {self.says}')}\n{wrap(f'Here: {self.how}')}"]
         parts += [f"{title}\n{table(lines)}" for title, lines in self.tables.items()]
         parts.append("\n".join(wrap(finding.line()) for finding in self.findings))

@@ -8,7 +8,7 @@ between them works on a few MB that stay in the cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,10 @@ from score_mods import ScoreMod
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Plan], Tensor]
 Planner = Callable[[Tensor, Tensor, Tensor, Documents], Plan]
+_Dims = Sequence[int | None]
+"""Which dimension of each input `torch.vmap` maps over."""
+_Mapped = tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]
+"""Outputs, and the dimension of each that is mapped over."""
 
 
 def wants_gradient(score_mod: ScoreMod | None, *tensors: Tensor) -> bool:
@@ -28,6 +32,12 @@ def wants_gradient(score_mod: ScoreMod | None, *tensors: Tensor) -> bool:
     if not torch.is_grad_enabled():
         return False
     return any(t.requires_grad for t in tensors) or bool(captured_tensors(score_mod))
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` is at work, whose tensors no compiled part can take."""
+    core: Any = torch._C
+    return bool(core._are_functorch_transforms_active())
 
 
 @torch.compiler.disable(
@@ -39,7 +49,7 @@ def attend_on_cpu(
 ) -> Tensor:
     """`kernel.attend` with gradients to query, key, value and what the score mod captures.
 
-    Inside a `torch.compile` it breaks the graph.
+    Inside a `torch.compile` it breaks the graph. What `torch.vmap` maps over joins the batch.
 
     Args:
         kernel: computes the forward pass. For float64, which flex_attention does not take on CPU,
@@ -55,7 +65,8 @@ def attend_on_cpu(
 
     Raises:
         NotImplementedError: the score mod depends on a tensor that requires a gradient and cannot
-            be found in it; from `backward`, a gradient of the gradient is asked for.
+            be found in it; there is a score mod under `torch.vmap`; from `backward`, a gradient of
+            the gradient is asked for.
     """
     fields = {name: getattr(plan, name) for name in plan.__dataclass_fields__}
     captured = captured_tensors(choices.score_mod) if torch.is_grad_enabled() else []
@@ -69,7 +80,8 @@ def plan_alone(
 ) -> Plan:
     """What the planner makes of tensors that want gradients, itself without any.
 
-    `torch.func` unwraps the tensors for it, so that the planner's compiled parts can take them.
+    `torch.func` unwraps the tensors for it, so that the planner's compiled parts can take them:
+    those of a `torch.vmap` as one larger batch.
     """
     planning = _Planning(planner, docs.packed)
     made = _Planned.apply(planning, query, key, value, docs.first, docs.after)
@@ -100,6 +112,11 @@ class _Planned(torch.autograd.Function):
         ctx.mark_non_differentiable(*output)
 
     @staticmethod
+    def vmap(info: Any, in_dims: _Dims, planning: _Planning, *tensors: Tensor) -> _Mapped:
+        made = _Planned.apply(planning, *_folded(info, in_dims[1:], tensors))
+        return _unfolded(info, made)
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
         return (None,) * 6
 
@@ -127,6 +144,20 @@ class _Attend(torch.autograd.Function):
         ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
+    def vmap(
+        info: Any, in_dims: _Dims, job: _Job, *tensors: Tensor | None
+    ) -> tuple[Tensor | None, int | None]:
+        if job.choices.score_mod is not None:
+            # It would be told the batch of all samples, and its gradients would be their sum.
+            raise NotImplementedError(
+                "score_mod: expected None under torch.vmap on CPU, got "
+                f"{type(job.choices.score_mod).__name__}"
+            )
+        out = _Attend.apply(job, *_folded(info, in_dims[1:], tensors))
+        (mapped,), (dim,) = _unfolded(info, [out])
+        return mapped, dim
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, *_Backward.apply(ctx.job, grad, *ctx.saved_tensors)
 
@@ -150,7 +181,30 @@ class _Backward(torch.autograd.Function):
         pass
 
     @staticmethod
+    def vmap(info: Any, in_dims: _Dims, job: _Job, *tensors: Tensor | None) -> _Mapped:
+        return _unfolded(info, _Backward.apply(job, *_folded(info, in_dims[1:], tensors)))
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise NotImplementedError(
             "dga_attention: on CPU its gradient has no gradient; expected create_graph=False"
         )
+
+
+def _folded(info: Any, dims: _Dims, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Tensors (B, ...) and the dimension that is mapped over, as one batch (N·B, ...)."""
+    made: list[Tensor | None] = []
+    for tensor, dim in zip(tensors, dims):
+        if tensor is None:
+            made.append(None)
+        elif dim is None:  # a copy: a stride of 0 would be compiled anew
+            made.append(tensor.repeat(info.batch_size, *[1] * (tensor.dim() - 1)))
+        else:
+            made.append(tensor.movedim(dim, 0).flatten(0, 1))
+    return made
+
+
+def _unfolded(info: Any, tensors: Sequence[Tensor | None]) -> _Mapped:
+    """(N·B, ...) as (N, B, ...), and that the first dimension is the one that is mapped over."""
+    made = tuple(t if t is None else t.unflatten(0, (info.batch_size, -1)) for t in tensors)
+    return made, tuple(None if t is None else 0 for t in made)

@@ -17,7 +17,16 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import score_mods
-from flexdga import DGAConfig, applied, attention, by_blocks, dga_attention, make_plan, reference
+from flexdga import (
+    DGAConfig,
+    DGAttention,
+    applied,
+    attention,
+    by_blocks,
+    dga_attention,
+    make_plan,
+    reference,
+)
 
 OPENS = {"open_units": None, "unit_size": 16, "open_mass": 0.02}
 CAUSAL = small(scope="causal", group_bias="mass")
@@ -332,6 +341,55 @@ def test_torch_func(trained):
         assert torch.equal(g, w) and torch.equal(p, w)
 
 
+@pytest.mark.parametrize("opens", [{}, OPENS], ids=["groups", "opens"])
+def test_gradients_of_each_sample(eager, opens):
+    """vmap over grad, with respect to a layer's weights: as one sample after the other."""
+    config = small(scope="causal", group_bias="mass", **opens)
+    layer = DGAttention(48, 6, num_kv_heads=2, config=config)
+    samples = torch.randn(3, 101, 48)
+    weights = {name: weight.detach() for name, weight in layer.named_parameters()}
+
+    def of_one(weights, sample):
+        out = torch.func.functional_call(layer, weights, (sample[None],))
+        return out.square().sum()
+
+    got = torch.vmap(torch.func.grad(of_one), in_dims=(None, 0))(weights, samples)
+    for i, sample in enumerate(samples):
+        want = torch.autograd.grad(layer(sample[None]).square().sum(), list(layer.parameters()))
+        for name, w in zip(weights, want):
+            assert relative_error(got[name][i], w) < TOLERANCE[torch.float32], name
+    total = torch.func.grad(lambda w: torch.vmap(of_one, (None, 0))(w, samples).sum())(weights)
+    for name, g in got.items():
+        assert relative_error(total[name], g.sum(0)) < TOLERANCE[torch.float32]
+
+
+def test_vmap_joins_the_batch(eager):
+    """Forward alone, over dimensions that differ, with a row of documents that all share."""
+    query, key, value = qkv(2, 6, 2, 101)
+    ids = (torch.arange(101) // 40).expand(1, -1)
+
+    def attend(query, key, value):
+        return dga_attention(
+            query[None], key[None], value[None], config=CAUSAL, document_ids=ids
+        )[0]  # fmt: skip
+
+    got = torch.vmap(attend, (0, 2, None))(query, key.movedim(0, 2), value[0])
+    value = value[:1].expand_as(value)
+    want = dga_attention(query, key, value, config=CAUSAL, document_ids=ids.expand(2, -1))
+    assert relative_error(got, want) < TOLERANCE[torch.float32]
+
+
+def test_vmap_refuses_a_score_mod(eager):
+    """It would be told the batch of all samples."""
+
+    def attend(query, key, value):
+        mod = score_mods.softcap(3.0)
+        return dga_attention(query, key, value, config=CAUSAL, score_mod=mod)
+
+    with pytest.raises(NotImplementedError, match=r"score_mod: expected None under torch\.vmap"):
+        torch.vmap(attend)(*(t[None] for t in qkv()))
+
+
 def test_a_second_derivative_is_refused(trained):
     query, key, value = leaves(trained[0])
     (first,) = torch.autograd.grad(loss(query, key, value), query, create_graph=True)
@@ -424,7 +482,8 @@ def test_compiled_training_shares_the_compilation_of_inference():
         dga_attention(*inputs, config=config)
     before = counters["stats"]["unique_graphs"]
     _, got = gradients(functools.partial(dga_attention, config=config), inputs)
-    mapped = torch.func.grad(functools.partial(loss, config=config))(*inputs)
+    gradient = torch.func.grad(functools.partial(loss, config=config))
+    mapped, each = gradient(*inputs), torch.vmap(gradient)(*(x[:, None] for x in inputs))
     assert counters["stats"]["unique_graphs"] == before
     with torch.compiler.set_stance("force_eager"):
         _, want = gradients(functools.partial(dga_attention, config=config), inputs)
@@ -432,6 +491,7 @@ def test_compiled_training_shares_the_compilation_of_inference():
     for g, w in zip(got, want):
         assert relative_error(g, w) < TOLERANCE[torch.float32]
     assert relative_error(mapped * loss(*inputs, config=config), double) < 1e-5
+    assert relative_error(each[:, 0], mapped) < TOLERANCE[torch.float32]
 
 
 def test_a_users_compile_breaks_its_graph_and_says_why():

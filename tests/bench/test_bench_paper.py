@@ -160,6 +160,14 @@ def test_rare_tokens_share_a_number():
     assert paper_convergence.common_tokens(ids, 3).tolist() == [0, 0, 0, 1, 1, 2, 2]
 
 
+def test_steps_that_a_loss_takes():
+    curve = [(0, 6.0), (10, 5.0), (20, 5.5), (30, 4.0)]
+    assert paper_convergence._steps_to(5.25, curve) == 7.5  # it need not stay there
+    assert paper_convergence._steps_to(4.0, curve) == 30
+    assert paper_convergence._steps_to(3.9, curve) is None
+    assert paper_convergence._steps_to(6.0, curve) == 0
+
+
 @pytest.mark.usefixtures("eager")
 def test_methods_differ_in_attention_alone():
     """They start from the same weights, whatever the method, and end elsewhere."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from flexdga.by_blocks import Choices
 from flexdga.checks import check_inputs, check_plan
 from flexdga.config import DGAConfig, as_constant
-from flexdga.cpu_backward import attend_on_cpu, is_transformed, plan_alone, wants_gradient
+from flexdga.cpu_backward import attend_on_cpu, plan_alone, stands_apart, wants_gradient
 from flexdga.folding import by_kv_head, in_parts
 from flexdga.indexing import filled
 from flexdga.kernel import attend, attend_slots
@@ -149,7 +149,7 @@ def dga_attention(
     with _without_autocast(query.device.type):
         if torch.compiler.is_compiling() or score_mod is not None:  # it asks for the head
             out, plan = planned(*inputs)
-        elif return_plan or is_transformed() or wants_gradient(None, query, key, value):
+        elif return_plan or stands_apart(None, query, key, value):
             out, plan = by_kv_head(planned, *inputs)
         else:
             table = inputs[0].shape[2] ** 2 // math.prod(config.block_size)
@@ -231,8 +231,7 @@ def _attend(
     kernel = functools.partial(_run, attend, **choices._asdict(), kernel_options=kernel_options)
     if query.device.type != "cpu":
         return kernel(query, key, value, plan)
-    apart = query.dtype == torch.float64 or is_transformed()
-    if apart or wants_gradient(score_mod, query, key, value):
+    if query.dtype == torch.float64 or stands_apart(score_mod, query, key, value):
         return attend_on_cpu(kernel, query, key, value, plan, choices)
     with torch.no_grad():  # one compilation, whoever calls; the kernel refuses what wants gradients
         return kernel(query.detach(), key.detach(), value.detach(), plan)
@@ -259,8 +258,8 @@ def _plan(
         return dataclasses.replace(plan, open=table)
 
     # Which tokens are chosen is discrete. Detached, so that training shares the compilation.
-    apart = query.device.type == "cpu" and not torch.compiler.is_compiling()
-    if apart and (is_transformed() or wants_gradient(None, query, key, value)):
+    eager = not torch.compiler.is_compiling()
+    if eager and query.device.type == "cpu" and stands_apart(None, query, key, value):
         return plan_alone(planner, query, key, value, docs)
     with torch.no_grad():
         return planner(query.detach(), key.detach(), value.detach(), docs)

@@ -34,10 +34,14 @@ def wants_gradient(score_mod: ScoreMod | None, *tensors: Tensor) -> bool:
     return any(t.requires_grad for t in tensors) or bool(captured_tensors(score_mod))
 
 
-def is_transformed() -> bool:
-    """Whether a transform of `torch.func` is at work, whose tensors no compiled part can take."""
+def stands_apart(score_mod: ScoreMod | None, *tensors: Tensor) -> bool:
+    """Whether autograd or a transform of `torch.func` has to see the call as one function.
+
+    No compiled part can take the tensors of a transform.
+    """
     core: Any = torch._C
-    return bool(core._are_functorch_transforms_active())
+    transformed = bool(core._are_functorch_transforms_active())
+    return transformed or wants_gradient(score_mod, *tensors)
 
 
 @torch.compiler.disable(

@@ -178,7 +178,6 @@ class LayerCache:
                     )
                 )
             else:
-                assert self._buffer is not None
                 check_step(query, key, value, document_ids, self._buffer.visible())
             while at < total:  # in stretches in which no unit is handed over
                 count = min(total - at, self._next_due() - self.seen)
@@ -321,8 +320,7 @@ class LayerCache:
         ids: Tensor | None,
     ) -> Tensor:
         length = key.shape[2]
-        real = goes_on(ids, (key.shape[0], length), key.device)
-        self._doc_first = first_real(real)
+        real = self._begin(ids, (key.shape[0], length), key.device)
         plan = None
         whole = length < self.config.dense_below
         if whole or self.config.prefill == "dense":
@@ -359,6 +357,12 @@ class LayerCache:
             self._far.begin(plan.open[:, :, block, : self._far.count], block)
         self._pool_due(length - 1, scale)
         return out
+
+    def _begin(self, ids: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor:
+        """`goes_on` of a prompt; from now on each row's document is known."""
+        real = goes_on(ids, shape, device)
+        self._doc_first = first_real(real)
+        return real
 
     def _settle(self, raw: Tensor) -> None:
         """How much of a planned prompt is done, of which the last query sees these tokens raw."""

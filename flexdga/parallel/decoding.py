@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from flexdga.config import DGAConfig
 from flexdga.decode import LayerCache
 from flexdga.far_units import FarUnits, Opened, with_opened
-from flexdga.handoff import first_real, goes_on, without_dead
+from flexdga.handoff import without_dead
 from flexdga.opening import unit_documents
 from flexdga.parallel.collectives import all_reduce
 from flexdga.parallel.failures import watched
@@ -195,8 +195,7 @@ class ShardedCache(LayerCache):
             ids: (B, L) documents, or None.
             scale: of the scores.
         """
-        real = goes_on(ids, (key.shape[0], key.shape[2]), key.device)
-        self._doc_first = first_real(real)
+        real = self._begin(ids, (key.shape[0], key.shape[2]), key.device)
         self.seen = key.shape[2]
         raw = real[:, None].expand(key.shape[:3])
         self._store(*self._recent(query, key, value, raw), None)
@@ -225,8 +224,7 @@ class ShardedCache(LayerCache):
             scale: of the scores.
         """
         length, size = shards.length, shards.size
-        real = goes_on(ids, (key.shape[0], length), key.device)
-        self._doc_first = first_real(real)
+        real = self._begin(ids, (key.shape[0], length), key.device)
         self.seen = length
         number = (length - 1) // size  # the chunk of the last token, whose plan knows what is raw
         begin = number * size - made.head

@@ -105,6 +105,7 @@ class ShardedUnits(FarUnits):
             RuntimeError: ranks do not open the same units.
             RankError: a rank does not answer.
         """
+        assert score_mod is None
         near = seen.key.shape[2] if self.rank else 0
         seen, bias = with_opened(seen, bias, opened, raw_room, self.config.unit_size)
         score = (query @ seen.key[:, :, near:].mT).float() * scale + bias[..., near:].float()
@@ -178,6 +179,28 @@ class ShardedCache(LayerCache):
             )
         self.group = group_of(mesh)
         super().__init__(config, max_length=max_length, int8=int8)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = None,
+        score_mod: ScoreMod | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
+        """As `LayerCache.attend`, the same on every rank; without a score mod, as the prompt was.
+
+        Raises:
+            ValueError: as there, or there is a score mod.
+        """
+        if score_mod is not None:
+            raise ValueError(
+                f"score_mod: a sharded cache takes none; expected None, got "
+                f"{type(score_mod).__name__}"
+            )
+        return super().attend(query, key, value, scale=scale, document_ids=document_ids)
 
     def _far_units(self) -> FarUnits:
         return ShardedUnits(self._causal, self.group)

@@ -19,6 +19,7 @@ import flexdga
 from flexdga import DGAConfig, dga_attention
 from flexdga.decode import LayerCache
 from flexdga.parallel import RankError, ShardedCache, Shards, parallel_attention, traffic
+from score_mods import softcap
 
 
 @functools.cache
@@ -102,7 +103,7 @@ def memory(config, shape):
 
 
 def misused(config, shape):
-    """What was raised for caches that do not fit."""
+    """What was raised for caches that do not fit, and for a score mod."""
     torch.compiler.set_stance("force_eager")
     group = mesh(dist.get_world_size())
     shards = Shards(shape[3], group, config)
@@ -116,6 +117,10 @@ def misused(config, shape):
             parallel_attention(*parts, shards, config=config, cache=cache)
         except (TypeError, ValueError) as error:
             raised.append(str(error))
+    try:
+        full.attend(*inputs(*shape[:3], 1, shape[4], torch.float32), score_mod=softcap(3.0))
+    except ValueError as error:
+        raised.append(str(error))
     return raised
 
 

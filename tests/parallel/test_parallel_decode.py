@@ -79,7 +79,8 @@ def test_ranks_that_open_different_units_are_found(ranks):
 def test_what_a_cache_refuses(ranks):
     with pytest.raises(ValueError, match="config: open_by='exact' estimates by all keys"):
         ShardedCache(DGAConfig(open_by="exact"), None)
-    for raised in ranks.results(parallel_work.misused, DEFAULT, (1, 2, 2, 100, 32)):
+    for *raised, of_mod in ranks.results(parallel_work.misused, DEFAULT, (1, 2, 2, 100, 32)):
+        assert of_mod.startswith("score_mod: a sharded cache takes none")
         words = ("got 100 tokens", "record_past=True", "got DGAConfig(", "got LayerCache")
         assert len(raised) == len(words)
         for message, word in zip(raised, words):

@@ -34,12 +34,15 @@ BOX_SHARE = 0.3
 """How far a unit's estimate goes from its mean key towards the corner of the box around its keys
 that suits the query best. Measured on a real model: bench/RESEARCH.md."""
 
+BFLOAT16_ON_CPU: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+"""Whether this CPU has fast bfloat16 products; float32 ones, rounded afterwards, are the same."""
+
 
 class Units(NamedTuple):
     """What estimates need of each unit.
 
     Attributes:
-        key: (B, Hkv, N, 2D) features for `box`, (B, Hkv, N·U, D) the keys themselves for `exact`.
+        key: bfloat16, (B, Hkv, N, 2D) features for `box`, (B, Hkv, N·U, D) the keys for `exact`.
         first: (B, N) int32 first token of the unit's document; NEVER if the unit holds padding or
             parts of two documents, and so never opens.
     """
@@ -79,12 +82,12 @@ class QueryBlocks(NamedTuple):
 def unit_features(key: Tensor, config: DGAConfig) -> Tensor:
     """Features of whole units of keys (B, Hkv, N·U, D), as `Units.key`."""
     if config.open_by == "exact":
-        return key
+        return key.bfloat16()
     units = key.unflatten(2, (-1, config.block_size[1]))
     middle = (1 - BOX_SHARE) * units.mean(3)
     high = BOX_SHARE * units.amax(3) + middle
     low = BOX_SHARE * units.amin(3) + middle
-    return torch.cat([high, low], -1)
+    return torch.cat([high, low], -1).bfloat16()
 
 
 def unit_documents(first: Tensor, config: DGAConfig) -> Tensor:
@@ -100,6 +103,9 @@ def far_log_mass(query: Tensor, units: Tensor, config: DGAConfig, scale: float) 
     box: what is worth opening stands out of its unit. Counting the unit's tokens opened more and
     found less.
 
+    Scores are bfloat16 products, whatever the dtype of the query, and rounded to bfloat16: a few
+    per cent of a unit's mass, of which `open_mass` is a rough bound, for an eighth of the time.
+
     Args:
         query: (B, H, C, D).
         units: `Units.key`.
@@ -108,21 +114,29 @@ def far_log_mass(query: Tensor, units: Tensor, config: DGAConfig, scale: float) 
     """
     batch, heads, count, _ = query.shape
     size, kv_heads = config.block_size[1], units.shape[1]
+    query = (query * scale).bfloat16()
     if config.open_by == "box":
         # q·corner = Σ max(q_d high_d, q_d low_d), the corner being the best one for this query.
         query = torch.cat([query.clamp(min=0), query.clamp(max=0)], -1)
-    rows = query.reshape(batch, kv_heads, -1, query.shape[-1])
-    score = (rows @ units.mT).float() * scale
-    score = score.view(batch, heads, count, -1)
+    rows = query.reshape(batch, kv_heads, heads // kv_heads * count, query.shape[-1])
+    score = _products(rows, units.bfloat16()).view(batch, heads, count, -1).float()
     if config.open_by == "exact":
         return torch.logsumexp(score.unflatten(-1, (-1, size)), -1)
     return score
+
+
+def _products(rows: Tensor, units: Tensor) -> Tensor:
+    if rows.device.type == "cpu" and not BFLOAT16_ON_CPU:
+        return (rows.float() @ units.float().mT).bfloat16()
+    return rows @ units.mT
 
 
 def near_log_mass(
     query: Tensor, around: QueryBlocks, *, config: DGAConfig, is_causal: bool, scale: float
 ) -> Tensor:
     """(B, H, T, I) log of Σ exp(score) over the tokens of each query that are too near to open.
+
+    Of the block's last document: queries of another one get a number without a meaning.
 
     Args:
         query: (B, H, T·I, D), whole query blocks.
@@ -132,19 +146,19 @@ def near_log_mass(
         scale: of the scores.
     """
     batch, kv_heads, blocks, width, head_dim = around.near_key.shape
-    rows = config.block_size[0]
-    q_BGRTID = query.view(batch, kv_heads, -1, blocks, rows, head_dim)
-    q_BGTXD = q_BGRTID.transpose(2, 3).flatten(3, 4)  # X = R·I
+    rows, rep = config.block_size[0], query.shape[1] // kv_heads
+    # No -1 among sizes: a compiler would divide to find it, in the middle of its loops.
+    q_BGRTID = query.view(batch, kv_heads, rep, blocks, rows, head_dim)
+    q_BGTXD = q_BGRTID.transpose(2, 3).reshape(batch, kv_heads, blocks, rep * rows, head_dim)
     score = (q_BGTXD @ around.near_key.mT).float() * scale
-    score = score.unflatten(3, (-1, rows))  # (B, G, T, R, I, W)
+    score = score.view(batch, kv_heads, blocks, rep, rows, width)
 
-    seen = around.near[..., None, :] == around.document[..., None]  # (B, 1, T, I, W)
+    same = around.near == around.document.amax(-1, keepdim=True)  # (B, 1, T, W)
+    score = score + _closed(same)[:, :, :, None, None]
     if is_causal:
         offset = torch.arange(width, dtype=torch.int32, device=query.device) - near_span(config)
-        seen = seen & (
-            offset <= torch.arange(rows, dtype=torch.int32, device=query.device)[:, None]
-        )
-    score = score.masked_fill(~seen[:, :, :, None], -math.inf)
+        index = torch.arange(rows, dtype=torch.int32, device=query.device)
+        score = score + _closed(offset <= index[:, None])
     return torch.logsumexp(score, -1).transpose(2, 3).flatten(1, 2)
 
 
@@ -237,7 +251,7 @@ def served(
         share: (..., C, N) of the query's attention, at most 1.
         count: `DGAConfig.open_units`.
         turns: who asks first is served first, and among those who ask together the larger share;
-            otherwise the larger share of all.
+            otherwise the larger share of all. Of equal ones the older unit.
         already: (..., N) bool, units that are open: they keep their place.
     """
     if turns:
@@ -245,6 +259,9 @@ def served(
     rank = torch.where(want, share, -math.inf).amax(-2)
     if already is not None:
         rank = rank.masked_fill(already, math.inf)
+    # Scores of 8 bits tie: then the older unit, in prefill and decode alike.
+    age = torch.arange(rank.shape[-1], dtype=torch.float64, device=rank.device)
+    rank = rank.double() - age * 2**-40
     best = rank.topk(min(count, rank.shape[-1]), dim=-1).indices
     return torch.zeros_like(rank, dtype=torch.bool).scatter(-1, best, True)
 
@@ -359,14 +376,17 @@ def openings(
     far_TN = number < around.before[:, None]
     if not is_causal:
         far_TN = far_TN | (number >= around.after[:, None])
-    same = units.first[:, None, None, None] == around.document[..., None]
-    open_to = far_TN[:, None] & same
-    far = far_log_mass(query, units.key, config, scale).unflatten(2, (-1, rows))
-    far = far.masked_fill(~open_to, -math.inf)
+    document = around.document.amax(-1)
+    open_to = far_TN & (units.first[:, None, None] == document[..., None])
+    far = far_log_mass(query, units.key, config, scale)
+    far = far.unflatten(2, (around.begin.shape[0], rows))
+    far = far + _closed(open_to)[..., None, :]
     near = near_log_mass(query, around, config=config, is_causal=is_causal, scale=scale)
-    want, total = wanted(far, near, config)
+    # Queries of a document that ends in the block ask for nothing: no share of theirs is large.
+    asks = around.document == document[..., None]
+    want, total = wanted(far, torch.where(asks, near, torch.finfo(near.dtype).max), config)
     if config.scope == "prompt":
-        at = torch.maximum(around.begin[:, None], around.document.amax(-1, keepdim=True))
+        at = torch.maximum(around.begin[:, None], document[..., None])
     else:
         at = _positions(around, rows)
     since = torch.where(want, at[..., None], NEVER).amin(3)
@@ -375,3 +395,13 @@ def openings(
         turns = config.scope == "causal"
         since = torch.where(served(want, share, config.open_units, turns=turns), since, NEVER)
     return since
+
+
+def _closed(seen: Tensor) -> Tensor:
+    """What hides a score where `seen` (..., T, N) is not true: 0 or -inf, as a table in memory.
+
+    Otherwise a compiler computes the mask anew for each query of a block, which takes longer than
+    the exponential; what a `cat` gives, it stores.
+    """
+    table = torch.where(seen, 0.0, -math.inf)
+    return torch.cat([table[..., :1, :], table[..., 1:, :]], -2)

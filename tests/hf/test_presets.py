@@ -138,14 +138,18 @@ def test_h2o_sees_a_window_and_heavy_hitters(scope):
 @pytest.mark.parametrize("open_by", ["exact", "box"])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_block_selection_opens_the_units_with_most_attention(scope, open_by):
-    """For `box` the keys of a unit are equal, and a block's queries: then its order is exact."""
+    """Integers over √16, for scores are rounded to bfloat16, which holds these.
+
+    For `box` the keys of a unit are equal, and a block's queries: then its order is exact.
+    """
     config = preset("block_selection", scope=scope, open_by=open_by, open_units=3)
-    query, key, value = qkv(2, 4, 2, LENGTH)
+    query, key, value = (t.round() for t in qkv(2, 4, 2, LENGTH, head_dim=16))
     if open_by == "box":
         query, key = (t[:, :, ::16].repeat_interleave(16, 2) for t in (query, key))
     share = causal_weights(query, key).unflatten(-1, (-1, 16)).sum(-1).unflatten(2, (-1, 16))
     # All of a block's queries choose, or in causal scope the first one, which takes all turns.
     share = share.amax(3) if scope == "prompt" else share[:, :, :, 0]
+    share = share - torch.arange(share.shape[-1]) * 1e-9  # of equal ones the older
     opened = torch.zeros_like(share, dtype=torch.bool)
     for block in range(LENGTH // 16):
         far = max(block * 16 - config.window + 1, 0) // 16

@@ -18,6 +18,7 @@ from flexdga.by_blocks import Choices
 from flexdga.checks import check_inputs, check_plan
 from flexdga.config import DGAConfig, as_constant
 from flexdga.cpu_backward import attend_on_cpu, plan_alone, stands_apart, wants_gradient
+from flexdga.cpu_kernel import ask_for_instructions
 from flexdga.folding import by_kv_head, in_parts
 from flexdga.indexing import filled
 from flexdga.kernel import attend, attend_slots
@@ -286,6 +287,8 @@ def _run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """
     if torch.compiler.is_compiling():
         return function(*args, **kwargs)
+    if args[0].device.type == "cpu":
+        ask_for_instructions()
     args, kwargs = torch.utils._pytree.tree_map_only(Tensor, _mark_dynamic, (args, kwargs))
     for plan in args:
         if isinstance(plan, Plan) and plan.open is not None:

@@ -21,10 +21,13 @@ FLEXDGA_STOCK_CPU_KERNEL=1 switches them off. What moved what: bench/NOTES.md.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import functools
 import logging
 import os
+import threading
 from typing import Any
 from unittest.mock import patch
 
@@ -49,6 +52,22 @@ def mark(*, plain: bool) -> dict[str, Any]:
             masked, and there is no score mod.
     """
     return {_MARK: PLAIN if plain else SCORED} if available() else {}
+
+
+@functools.cache
+def ask_for_instructions() -> None:
+    """Have Inductor find out which vector instructions there are, while Dynamo traces.
+
+    It starts a process for each kind and waits: 16 s if they were never compiled for, then 1 to 2.
+    """
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):  # it will be raised again where the answer is needed
+            from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+            pick_vec_isa()
+
+    threading.Thread(target=ask, daemon=True).start()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexdga.block_mask import kinds_of_blocks, listed
 from flexdga.by_blocks import Choices
 from flexdga.checks import check_inputs, check_plan
 from flexdga.config import DGAConfig, as_constant
@@ -26,7 +27,7 @@ from flexdga.opening import open_table, openings
 from flexdga.plan import NEVER, Documents, Plan
 from flexdga.planner import dense_plan, documents, plan_attention
 from flexdga.spelling import spell
-from score_mods import ScoreMod
+from score_mods import ScoreMod, needs_null_slot
 
 RECOMPILE_LIMIT = 64
 """Compiled variants kept for planning and for attending: one per config, dtype and head layout."""
@@ -229,7 +230,9 @@ def _attend(
     choices = Choices(
         config.group_weights, config.group_bias == "mass", config.block_size, scale, score_mod
     )
-    kernel = functools.partial(_run, attend, **choices._asdict(), kernel_options=kernel_options)
+    kernel = functools.partial(
+        run_kernel, attend, **choices._asdict(), kernel_options=kernel_options
+    )
     if query.device.type != "cpu":
         return kernel(query, key, value, plan)
     if query.dtype == torch.float64 or stands_apart(score_mod, query, key, value):
@@ -275,8 +278,24 @@ _compiled: dict[Callable[..., Any], Callable[..., Any]] = {
         isolate_recompiles=True,
         recompile_limit=RECOMPILE_LIMIT,
     )
-    for function in (plan_attention, openings, attend, attend_slots)
+    for function in (plan_attention, openings, kinds_of_blocks, attend, attend_slots)
 }
+
+
+def run_kernel(
+    function: Callable[..., Tensor],
+    *args: Any,
+    block_size: tuple[int, int],
+    score_mod: ScoreMod | None,
+    **kwargs: Any,
+) -> Tensor:
+    """`_run` of `attend` or `attend_slots`; on CPU the tables of blocks are listed before."""
+    query, plan = args[0], args[-1]
+    eager = not torch.compiler.is_compiling()
+    if eager and query.device.type == "cpu" and not needs_null_slot(score_mod):
+        kwargs["tables"] = listed(_run(kinds_of_blocks, query, plan, block_size=block_size))
+    out: Tensor = _run(function, *args, block_size=block_size, score_mod=score_mod, **kwargs)
+    return out
 
 
 def _run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from flexdga import cpu_kernel
-from flexdga.block_mask import block_mask
+from flexdga.block_mask import Tables, block_mask
 from flexdga.compress import Slots, compress
 from flexdga.config import GroupWeights
 from flexdga.indexing import heads_per_kv_head
@@ -33,6 +33,7 @@ def attend(
     score_mod: ScoreMod | None,
     kernel_options: dict[str, Any] | None,
     mask: BlockMask | None = None,
+    tables: Tables | None = None,
 ) -> Tensor:
     """Attention of every query to the slots that the plan lets it see.
 
@@ -50,6 +51,7 @@ def attend(
         score_mod: the user's, of token positions.
         kernel_options: for flex_attention.
         mask: `block_mask` of this plan, where it is made already.
+        tables: or else its tables, for a score mod without a null slot.
 
     Returns:
         (B, H, L, Dv).
@@ -59,7 +61,7 @@ def attend(
     slots = compress(query, key, value, plan, weights=weights, mass=mass, scale=scale)
     return attend_slots(
         query, slots, plan, block_size=block_size, scale=scale, score_mod=score_mod,
-        kernel_options=kernel_options, mask=mask,
+        kernel_options=kernel_options, mask=mask, tables=tables,
     )  # fmt: skip
 
 
@@ -73,6 +75,7 @@ def attend_slots(
     score_mod: ScoreMod | None,
     kernel_options: dict[str, Any] | None,
     mask: BlockMask | None = None,
+    tables: Tables | None = None,
 ) -> Tensor:
     """`attend` to slots that are made already.
 
@@ -85,6 +88,7 @@ def attend_slots(
         score_mod: the user's, of positions as the plan has them.
         kernel_options: for flex_attention.
         mask: `block_mask` of this plan, where it is made already.
+        tables: or else its tables.
 
     Returns:
         (B, H, Q, Dv).
@@ -109,6 +113,7 @@ def attend_slots(
             backward=backward,
             table_size=table_size,
             queries=query.shape[2],
+            tables=tables,
         )
     out = flex_attention(
         query,

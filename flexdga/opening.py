@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flexdga.config import DGAConfig
@@ -332,7 +331,7 @@ def in_stretches(
             (query[:, :, first * rows : end * rows], around.of(slice(first, end)), some),
         )
         made: Tensor = run(openings, *inputs, config=config, is_causal=is_causal, scale=scale)
-        return F.pad(made, (0, count - reach), value=NEVER)
+        return made
 
     if torch.compiler.is_compiling():
         made = table(0, blocks, count)
@@ -340,12 +339,12 @@ def in_stretches(
         return torch.cat([made[:, :, :1], made[:, :, 1:]], 2)
     scores = query.shape[:3].numel() * units.key.shape[2]
     parts = max(min(scores // SCORES, blocks // 2), 1)
-    tables = []
+    whole = around.begin.new_full((*query.shape[:2], blocks, count), NEVER)
     for first, end in itertools.pairwise(i * blocks // parts for i in range(parts + 1)):
         # Units that no block of the stretch can open are left out, in whole multiples of few.
         reach = min(-(-(past + end * rows) // size // 16) * 16, count) if is_causal else count
-        tables.append(table(first, end, reach))
-    return torch.cat(tables, 2)
+        whole[:, :, first:end, :reach] = table(first, end, reach)
+    return whole
 
 
 def openings(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import qkv, small
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +12,7 @@ from test_planner import layout_arguments, layouts, openers, planners
 
 from flexdga import block_mask as block_masks
 from flexdga import make_plan
-from flexdga.block_mask import block_mask, visible_blocks
+from flexdga.block_mask import block_mask, kinds_of_blocks, listed, visible_blocks
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -40,10 +41,14 @@ def test_blocks_agree_with_the_mask(planner, opener, layout, causal, blocks):
     assert not (whole & ~full).any()  # nothing hidden is taken for visible
 
 
-def test_tables_list_the_blocks_of_every_query_head():
+@pytest.mark.parametrize("narrow", [False, True])
+def test_tables_list_the_blocks_of_every_query_head(narrow):
     config = small()
-    plan = make_plan(*qkv(heads=6, length=150), config=config)
-    mask = block_mask(plan, 6, config.block_size)
+    inputs = qkv(heads=6, length=150)
+    plan = make_plan(*inputs, config=config)
+    kinds = kinds_of_blocks(F.pad(inputs[0], (0, 0, 0, 10)), plan, block_size=config.block_size)
+    tables = listed(kinds) if narrow else None
+    mask = block_mask(plan, 6, config.block_size, tables=tables)
     part, whole = visible_blocks(plan, config.block_size)
     for blocks, count, index in (
         (part, mask.kv_num_blocks, mask.kv_indices),
@@ -52,8 +57,8 @@ def test_tables_list_the_blocks_of_every_query_head():
         assert count.shape[1] == 6
         for h in range(6):
             for row in range(count.shape[2]):
-                listed = index[0, h, row, : count[0, h, row]].tolist()
-                assert listed == blocks[0, h // 3, row].nonzero()[:, 0].tolist()
+                blocks_of_row = index[0, h, row, : count[0, h, row]].tolist()
+                assert blocks_of_row == blocks[0, h // 3, row].nonzero()[:, 0].tolist()
 
 
 @given(planner=planners, opener=st.one_of(st.just({}), openers), layout=layouts)

@@ -17,7 +17,7 @@ import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexdga.attention import _as_autocast, _run, _without_autocast
+from flexdga.attention import _as_autocast, _without_autocast, run_kernel
 from flexdga.by_blocks import Choices
 from flexdga.checks import check_documents, check_inputs
 from flexdga.compress import Slots
@@ -147,11 +147,10 @@ def _attend(
     """One call of the kernel: raw keys and values, then the gathered slots."""
 
     def kernel(query: Tensor, made: Slots, plan: Plan) -> Tensor:
-        out: Tensor = _run(
+        return run_kernel(
             attend_slots, query, made, plan,
             block_size=config.block_size, scale=scale, score_mod=None, kernel_options=None,
         )  # fmt: skip
-        return out
 
     made = [slots.key, slots.value, *([] if slots.bias is None else [slots.bias])]
     on_cpu = query.device.type == "cpu"

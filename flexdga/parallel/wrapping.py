@@ -82,6 +82,17 @@ class ShardedForward:
                 f"{type(cache).__name__}"
             )
         self.cut = cache is None or not cache.get_seq_length()
+        if (
+            cache is not None
+            and self.cut
+            and any(layer.record_past for layer in cache.layers if isinstance(layer, DGALayer))
+        ):
+            raise ValueError(
+                "past_key_values: assisted generation guesses tokens with the prompt, and a "
+                "sharded prompt cannot be taken back; expected the prompt before, as in "
+                "model(tokens[:, :-1], past_key_values=cache), and then generate(tokens, "
+                "past_key_values=cache, ...)"
+            )
         if cache is not None and not self.cut:
             self._go_on(cache, given.get("input_ids"))
             return args, kwargs

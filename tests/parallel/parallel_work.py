@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import time
 from datetime import timedelta
@@ -67,25 +68,39 @@ def equals_one_process(
 
 
 def decoded(ranks, config, shape, steps, dtype, ids, int8):
-    """Errors of a sharded prefill and of new tokens after it, and bytes of both kinds of cache."""
+    """Errors of a sharded prefill and of what follows, and how often units were open then.
+
+    Steps: how many new tokens, or minus how many to take back, or which sequences to go on with.
+    """
     torch.compiler.set_stance("force_eager")
-    length, total = shape[3], shape[3] + sum(steps)
-    whole = inputs(*shape[:3], total, shape[4], dtype)
+    length = shape[3]
+    counts = [0 if isinstance(step, list) else step for step in steps]
+    most = length + max(itertools.accumulate(counts))
+    whole = inputs(*shape[:3], most, shape[4], dtype)
     shards = Shards(length, mesh(ranks), config)
     one, cache = LayerCache(config, int8=int8), ShardedCache(config, mesh(ranks), int8=int8)
     prompt = [t[:, :, :length] for t in whole]
     parts = [shards.shard(t, 2) for t in prompt]
     out = parallel_attention(*parts, shards, config=config, document_ids=ids, cache=cache)
     want = one.attend(*prompt, document_ids=ids)
+    one.record_past = cache.record_past = min(counts) < 0
     errors = [_error(out, shards.shard(want, 2))]
-    assert (cache.seen, cache.done, cache.num_slots) == (one.seen, one.done, one.num_slots)
     at, opened = length, 0
-    for count in steps:
-        new = [t[:, :, at : at + count] for t in whole]
+    for step in steps:
+        assert (cache.seen, cache.done, cache.num_slots) == (one.seen, one.done, one.num_slots)
+        if isinstance(step, list):
+            for each in (one, cache):
+                each.select(torch.tensor(step))
+            continue
+        at += step
+        if step < 0:
+            for each in (one, cache):
+                each.crop(-step)
+            continue
+        new = [t[:, :, at - step : at] for t in whole]
         with traffic() as sent:
             errors.append(_error(cache.attend(*new), one.attend(*new)))
         opened += "parts of the output" in sent
-        at += count
     return errors, opened
 
 
@@ -294,6 +309,7 @@ def refusals(config):
         "input_ids": lambda: sample_alone(model, tokens),
         "attention_mask": lambda: model(tokens, attention_mask=torch.ones(1, 1, 100, 100)),
         "gather": lambda: model(tokens),
+        "past_key_values: assisted": lambda: model.generate(tokens, prompt_lookup_num_tokens=3),
     }
     raised = {}
     for name, call in calls.items():
@@ -323,3 +339,26 @@ def generated(config, length: int, steps: int):
         got = model.generate(tokens, **arguments)
     error = _error(torch.stack(got.logits), torch.stack(want.logits))
     return got.sequences, want.sequences, error, dict(sent)
+
+
+def searched(config, length: int, steps: int):
+    """What beam search, and what guesses of new tokens, find in a sharded model and in one."""
+    torch.compiler.set_stance("force_eager")
+    tokens = torch.randint(64, (1, length), generator=torch.Generator().manual_seed(5))
+    tokens = torch.cat([tokens, tokens[:, :40]], 1)  # something to guess by
+    one, model = (flexdga.wrap(llama(0.2), config, **more) for more in ({}, {"mesh": mesh(2)}))
+    found = []
+    for each in (one, model):
+        beams = each.generate(
+            tokens, num_beams=3, num_return_sequences=3, do_sample=False, max_new_tokens=steps,
+            eos_token_id=-1,
+        )  # fmt: skip
+        cache = flexdga.DGACache(config)
+        with torch.no_grad():
+            each(tokens[:, :-1], past_key_values=cache)
+        guessed = each.generate(
+            tokens, past_key_values=cache, do_sample=False, max_new_tokens=steps,
+            eos_token_id=-1, prompt_lookup_num_tokens=3,
+        )  # fmt: skip
+        found.append((beams, guessed))
+    return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import parallel_work
 import pytest
 import torch
@@ -17,6 +19,8 @@ OPEN_GROUPS = small(
 )  # fmt: skip
 STEPS = (1,) * 36 + (40, 1, 1)
 """New tokens at a time: past several handovers, and a stretch over several query blocks."""
+WINDING = (1,) * 12 + (50, -60, 1, 20, [1, 0], 1, 1, 40, -30, [0, 0], 1, 1)
+"""Poolings taken back with their tokens, sequences in another order, and one of them twice."""
 
 
 def ended(length: int) -> torch.Tensor:
@@ -48,12 +52,31 @@ def ended(length: int) -> torch.Tensor:
             id="focal, whole prompt",
         ),
         pytest.param(2, DGAConfig.dense(), (1, 2, 2, 333, 32), {}, False, id="dense"),
+        pytest.param(
+            4, DEFAULT, (2, 6, 2, 500, 32), {"steps": WINDING}, True, id="winding"
+        ),
+        pytest.param(
+            2, dataclasses.replace(OPEN_GROUPS, keep_raw="int8"), (2, 2, 2, 500, 32),
+            {"steps": WINDING, "ids": ended(500)}, True, id="winding, raw tokens in int8",
+        ),
+        pytest.param(
+            4, DGAConfig(dense_below=0, keep_raw="cpu"), (1, 6, 2, 333, 32), {}, True,
+            id="raw tokens in host memory",
+        ),
+        pytest.param(
+            4, dataclasses.replace(OPEN_GROUPS, keep_raw="none"), (1, 6, 2, 333, 32), {}, False,
+            id="no raw tokens",
+        ),
+        pytest.param(
+            2, DGAConfig(dense_below=340), (2, 2, 2, 333, 32), {"steps": WINDING}, True,
+            id="winding, dense, then sparse",
+        ),
     ],
 )  # fmt: skip
 def test_equals_one_process(ranks, world, config, shape, arguments, opens):
-    names = {"dtype": torch.float32, "ids": None, "int8": False}
-    dtype, *others = (names | arguments).values()
-    found = ranks.results(parallel_work.decoded, world, config, shape, STEPS, dtype, *others)
+    names = {"steps": STEPS, "dtype": torch.float32, "ids": None, "int8": False}
+    steps, dtype, *others = (names | arguments).values()
+    found = ranks.results(parallel_work.decoded, world, config, shape, steps, dtype, *others)
     # Both sides differ from the oracle by at most the tolerance.
     limit = 2 * TOLERANCE[dtype]
     for errors, opened in found:

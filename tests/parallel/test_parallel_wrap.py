@@ -43,6 +43,16 @@ def test_tokens_equal_one_process(ranks):
         assert sent["parts of the output"] > 0  # units were opened
 
 
+def test_beams_and_guesses_equal_one_process(ranks):
+    config = DGAConfig(dense_below=0, open_mass=0.01)
+    for want, got in ranks.results(parallel_work.searched, config, 261, 40):
+        for mine, theirs in zip(got, want):
+            assert torch.equal(mine, theirs)
+        beams, guessed = got
+        assert beams.shape == (3, 341) and len(set(map(tuple, beams.tolist()))) == 3
+        assert guessed.shape == (1, 341)
+
+
 def test_what_a_sharded_model_cannot_do(ranks):
     for raised in ranks.results(parallel_work.refusals, CONFIG):
         for name, message in raised.items():

@@ -47,22 +47,27 @@ def equals_one_process(
     ranks, config, shape, dtype=torch.float32, ids=None, balanced=True, gradient=False, eager=True
 ):
     """Relative errors of the output (and the gradients) of this rank's shard, and bytes sent."""
-    torch.compiler.set_stance("force_eager" if eager else "default")
+    group = mesh(ranks)
+    if not eager and dist.get_rank() >= ranks:  # compiling takes minutes: one mesh does
+        return [0.0], {}
     whole = inputs(*shape, dtype)
-    shards = Shards(shape[3], mesh(ranks), config, balanced=balanced)
+    shards = Shards(shape[3], group, config, balanced=balanced)
     parts = [shards.shard(t, 2) for t in whole]
     for t in (*whole, *parts):
         t.requires_grad_(gradient)
+    torch.manual_seed(7)
+    weight = torch.randn(whole[0].shape).to(dtype)
+    torch.compiler.set_stance("force_eager" if eager else "default")
     with traffic() as sent:
         out = parallel_attention(*parts, shards, config=config, document_ids=ids)
-        want = dga_attention(*whole, config=config, document_ids=ids)
-        errors = [_error(out, shards.shard(want, 2))]
         if gradient:
-            torch.manual_seed(7)
-            weight = torch.randn(want.shape).to(dtype)
             out.backward(shards.shard(weight, 2))
-            want.backward(weight)
-            errors += [_error(p.grad, shards.shard(w.grad, 2)) for p, w in zip(parts, whole)]
+    torch.compiler.set_stance("force_eager")  # other tests compile what one process runs
+    want = dga_attention(*whole, config=config, document_ids=ids)
+    errors = [_error(out, shards.shard(want, 2))]
+    if gradient:
+        want.backward(weight)
+        errors += [_error(p.grad, shards.shard(w.grad, 2)) for p, w in zip(parts, whole)]
     errors.append(_error(shards.unshard(out, 2), want))
     return errors, dict(sent)
 

@@ -98,7 +98,7 @@ def _rank(rank: int, world: int, port: int, job: Job, pipe: Connection) -> None:
         bandwidth = _bandwidth() if world > 1 else 0.0
     sent, seconds, peaks = zip(*results)
     pipe.send(RankResult(list(sent), list(seconds), max(peaks), bandwidth, entries))
-    dist.barrier()
+    pipe.poll(None)  # until it is ended: the others are not to miss it
 
 
 def _store(port: int, *, is_master: bool) -> Any:

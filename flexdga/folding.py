@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -45,11 +45,7 @@ def by_kv_head(
         What it gives, each tensor (B, heads, ...) again.
     """
     kv_heads = key.shape[1]
-    made: T = _each(
-        lambda x: x.unflatten(0, (x.shape[0] // kv_heads, kv_heads)).flatten(1, 2),
-        call(*_folded(query, key, value, docs, plan)),
-    )
-    return made
+    return unfolded(call(*folded(query, key, value, docs, plan)), kv_heads)
 
 
 def in_parts(
@@ -73,20 +69,36 @@ def in_parts(
         plan: if there is one.
         table: entries of a table of blocks of one query head.
     """
-    rows = _folded(query, key, value, docs, plan)
-    count = rows[0].shape[0]
-    # Two rows at least: a single one would be compiled for itself.
-    parts = max(min(query.shape[:2].numel() * table // ENTRIES, count // 2), 1)
-    if parts == 1:
+    rows = folded(query, key, value, docs, plan)
+    parts = list(parts_of(query, key.shape[1], table))
+    if len(parts) == 1:
         out = call(*rows)
     else:
         out = query.new_empty(*rows[0].shape[:3], value.shape[-1])
-        for begin, end in itertools.pairwise(i * count // parts for i in range(parts + 1)):
-            out[begin:end] = call(*_each(operator.itemgetter(slice(begin, end)), rows))
+        for part in parts:
+            out[part] = call(*_each(operator.itemgetter(part), rows))
     return out.view(*query.shape[:3], -1)
 
 
-def _folded(query: Tensor, key: Tensor, value: Tensor, docs: Documents, plan: Plan | None) -> Any:
+def parts_of(query: Tensor, kv_heads: int, table: int) -> Iterator[slice]:
+    """The rows of (B, H, L, D) queries that are taken at a time; `table` as in `in_parts`."""
+    count = query.shape[0] * kv_heads
+    # Two rows at least: a single one would be compiled for itself.
+    parts = max(min(query.shape[:2].numel() * table // ENTRIES, count // 2), 1)
+    for begin, end in itertools.pairwise(i * count // parts for i in range(parts + 1)):
+        yield slice(begin, end)
+
+
+def unfolded(made: T, kv_heads: int) -> T:
+    """Tensors (B·Hkv, heads, ...) of whatever is made, as (B, Hkv·heads, ...)."""
+    whole: T = _each(
+        lambda x: x.unflatten(0, (x.shape[0] // kv_heads, kv_heads)).flatten(1, 2), made
+    )
+    return whole
+
+
+def folded(query: Tensor, key: Tensor, value: Tensor, docs: Documents, plan: Plan | None) -> Any:
+    """These with KV heads as rows of the batch."""
     heads = key.shape[1]
     first, after = (t.repeat_interleave(heads, 0) for t in docs[:2])
     query, key, value, plan = _each(

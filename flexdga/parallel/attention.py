@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from typing import Any
 
 import torch
@@ -23,17 +24,19 @@ from flexdga.checks import check_documents, check_inputs
 from flexdga.compress import Slots
 from flexdga.config import DGAConfig
 from flexdga.cpu_backward import wants_gradient
-from flexdga.indexing import put, take
+from flexdga.folding import folded, parts_of, unfolded
+from flexdga.indexing import put
 from flexdga.kernel import attend_slots
 from flexdga.parallel.decoding import Prefilled, ShardedCache
 from flexdga.parallel.failures import watched
 from flexdga.parallel.focal import whole_focal
 from flexdga.parallel.gradient import attend_given_on_cpu, joined_slots
-from flexdga.parallel.opened import Fetched, features_of, fetch, needed, open_units, start_features
+from flexdga.parallel.local_plan import held_units, local_plan
+from flexdga.parallel.opened import features_of, fetch, needed, open_units, start_features
 from flexdga.parallel.shards import Shards, before, beyond, whole_step
-from flexdga.parallel.slots import Gathered, gather_slots, queries_before
+from flexdga.parallel.slots import Gathered, gather_slots
 from flexdga.parallel.surroundings import around, by_chunk, plan_around, whole_documents
-from flexdga.plan import NEVER, Documents, Plan
+from flexdga.plan import Documents, Plan
 from flexdga.spelling import spell
 
 
@@ -106,6 +109,39 @@ def _sparse(
     scale: float,
     cache: ShardedCache | None,
 ) -> Tensor:
+    """`_planned`, KV heads as rows of a batch (`folding.py`), a few of them at a time."""
+    kv_heads = key.shape[1]
+    rows = folded(query, key, value, docs, None)
+
+    def planned(
+        query: Tensor, key: Tensor, value: Tensor, docs: Documents, _: object
+    ) -> tuple[Tensor, Prefilled]:
+        return _planned(query, key, value, docs, shards, config, scale)
+
+    if cache is not None:
+        out, made = planned(*rows)
+        cache.begin(query, key, value, ids, shards, unfolded(made, kv_heads), scale)
+    elif wants_gradient(None, query, key, value):
+        out, _ = planned(*rows)
+    else:
+        blocks = shards.local_length // config.block_size[0]
+        table = blocks * (shards.total // config.block_size[1])
+        out = query.new_empty(*rows[0].shape[:3], value.shape[-1])
+        for part in parts_of(query, kv_heads, table):
+            some = torch.utils._pytree.tree_map_only(Tensor, operator.itemgetter(part), rows)
+            out[part], _ = planned(*some)
+    return out.view(*query.shape[:3], -1)
+
+
+def _planned(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    docs: Documents,
+    shards: Shards,
+    config: DGAConfig,
+    scale: float,
+) -> tuple[Tensor, Prefilled]:
     # It is under way while the neighbours' tokens come and the chunks are planned.
     started = start_features(key, shards, config) if config.opens else None
     chunks = around(query, key, value, docs, shards, config)
@@ -114,8 +150,13 @@ def _sparse(
         whole = whole_focal(query, key, value, docs, shards, config, scale)
     plan = plan_around(chunks, docs, shards, config, scale, whole)
     slots = gather_slots(chunks, plan, docs, shards, config, scale, whole)
-    size = config.block_size[1]
-    held = _held_units(shards, chunks.head, size, key.device).expand(*key.shape[:2], -1)
+    size, head = config.block_size[1], chunks.head
+    raw = [
+        [own, _by_rank(padded[:, :, :head], shards.count)]
+        for own, padded in ((key, chunks.key), (value, chunks.value))
+    ]
+    chunks = chunks._replace(query=query[:, :, :0], value=value[:, :, :0])  # read no more
+    held = held_units(shards, head, size, key.device).expand(*key.shape[:2], -1)
     features = since = fetched = None
     if started is not None:
         features = features_of(started, shards)
@@ -124,27 +165,25 @@ def _sparse(
         home = put(torch.zeros_like(need, dtype=torch.bool), held, held >= 0)
         fetched = fetch(key, value, need & ~home, shards, config)
         held = torch.cat([held, fetched.unit], -1)
-    if cache is not None:
-        made = Prefilled(chunks.head, plan, slots, features, since)
-        cache.begin(query, key, value, ids, shards, made, scale)
-    local = _local_plan(plan, slots, held, since, fetched, shards, chunks.head, size)
-    heads = [_by_rank(t[:, :, : chunks.head], shards.count) for t in (chunks.key, chunks.value)]
-    raw = [torch.cat([own, head], 2) for own, head in zip((key, value), heads)]
+    local = local_plan(plan, slots, held, since, fetched, shards, head, size)
+    del chunks
     if fetched is not None:
-        raw = [torch.cat([a, b], 2) for a, b in zip(raw, (fetched.key, fetched.value))]
-    return _attend(query, raw[0], raw[1], slots, local, config, scale)
+        raw[0].append(fetched.key)
+        raw[1].append(fetched.value)
+    out = _attend(query, raw[0], raw[1], slots, local, config, scale)
+    return out, Prefilled(head, plan, slots, features, since)
 
 
 def _attend(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
     slots: Gathered,
     plan: Plan,
     config: DGAConfig,
     scale: float,
 ) -> Tensor:
-    """One call of the kernel: raw keys and values, then the gathered slots."""
+    """One call of the kernel: raw keys and values, in parts, then the gathered slots."""
 
     def kernel(query: Tensor, made: Slots, plan: Plan) -> Tensor:
         return run_kernel(
@@ -154,106 +193,18 @@ def _attend(
 
     made = [slots.key, slots.value, *([] if slots.bias is None else [slots.bias])]
     on_cpu = query.device.type == "cpu"
-    if on_cpu and (query.dtype == torch.float64 or wants_gradient(None, query, key, value, *made)):
+    wanted = (query, *keys, *values, *made)
+    if on_cpu and (query.dtype == torch.float64 or wants_gradient(None, *wanted)):
         choices = Choices(
             config.group_weights, config.group_bias == "mass", config.block_size, scale, None
         )
+        key, value = torch.cat(keys, 2), torch.cat(values, 2)
         return attend_given_on_cpu(kernel, query, key, value, made, plan, choices)
-    joined = joined_slots(key, value, made)
+    joined = joined_slots(keys, values, made)
     if not on_cpu:
         return kernel(query, joined, plan)
     with torch.no_grad():  # one compilation, whoever calls
         return kernel(query.detach(), joined, plan)
-
-
-def _local_plan(
-    plan: Plan,
-    slots: Gathered,
-    held: Tensor,
-    since: Tensor | None,
-    fetched: Fetched | None,
-    shards: Shards,
-    head: int,
-    size: int,
-) -> Plan:
-    """Who of this rank's queries sees what it holds and what it was sent.
-
-    Args:
-        plan: of the chunks with their surroundings.
-        slots: of all chunks.
-        held: (B, Hkv, R / U) the unit of the sequence at each raw key block, -1 for none and for
-            a second copy.
-        since: (B, H, T, N) from `open_units`, or None.
-        fetched: units of other ranks, or None.
-        shards: how the sequence is cut.
-        head: raw tokens before each chunk.
-        size: U, tokens of a key block.
-    """
-    start, end = _raw_intervals(plan, shards, head)
-    if fetched is not None:  # seen where they are open
-        more = fetched.key.shape[2]
-        start, end = F.pad(start, (0, more), value=NEVER), F.pad(end, (0, more))
-    raw = start.shape[-1]
-    index = torch.arange(raw, dtype=torch.int32, device=start.device).expand_as(start)
-
-    seen_from, seen_to = (queries_before(t, shards) for t in (slots.start, slots.end))
-    alive = (seen_from < seen_to) & (slots.start < slots.end)
-    place, table = torch.full_like(slots.position, -1), None
-    if since is not None:
-        # Where the raw tokens of each unit are, if they are here: the kernel hides its slots by it.
-        block = torch.arange(held.shape[-1], dtype=torch.int32, device=held.device)
-        nowhere = torch.full((*held.shape[:2], since.shape[-1]), -1, dtype=torch.int32)
-        here = put(nowhere.to(held.device), held, block.expand_as(held))
-        place = take(here, slots.position // size)
-        place = torch.where(alive & (place >= 0), place * size, -1)
-        rep = since.shape[1] // held.shape[1]
-        unit = held.repeat_interleave(rep, 1)[:, :, None].expand(-1, -1, since.shape[2], -1)
-        table = since.gather(-1, unit.clamp(min=0).long()).masked_fill(unit < 0, NEVER)
-    none = torch.empty((*start.shape[:2], 0, 1), dtype=torch.int32, device=start.device)
-    return Plan(
-        torch.cat([start, torch.where(alive, seen_from, NEVER)], -1),
-        torch.cat([end, torch.where(alive, seen_to, 0)], -1),
-        torch.cat([index, place], -1),
-        torch.full_like(slots.position, -1),
-        none,
-        open=table,
-    )
-
-
-def _raw_intervals(plan: Plan, shards: Shards, head: int) -> tuple[Tensor, Tensor]:
-    """Start and end of this rank's tokens, then of those before its chunks: (B, Hkv, R) each.
-
-    Nobody but a chunk's own queries sees them: what a later chunk sees raw stands before it.
-    """
-    parts: list[list[tuple[Tensor, Tensor]]] = [[], []]
-    batch = plan.start.shape[0] // shards.count
-    for c in range(shards.count):
-        own = slice(c * batch, (c + 1) * batch)
-        for i, tokens in enumerate((slice(head, head + shards.size), slice(0, head))):
-            start, end = plan.start[own, :, tokens], plan.end[own, :, tokens]
-            start = start.clamp(min=head)
-            end = end.clamp(max=head + shards.size)
-            alive = start < end
-            shift = c * shards.size - head
-            parts[i].append(
-                (torch.where(alive, start + shift, NEVER), torch.where(alive, end + shift, 0))
-            )
-    every = [pair for part in parts for pair in part]
-    return torch.cat([s for s, _ in every], -1), torch.cat([e for _, e in every], -1)
-
-
-def _held_units(shards: Shards, head: int, size: int, device: torch.device) -> Tensor:
-    """(R / U,) int32: the unit at each key block of this rank's tokens and those before them."""
-    own: list[int] = []
-    for number in shards.numbers:
-        own += range(number * shards.size // size, (number + 1) * shards.size // size)
-    before: list[int] = []
-    for number in shards.numbers:
-        first = number * shards.size // size
-        before += range(first - head // size, first)
-    mine = set(own)
-    units = own + [unit if unit >= 0 and unit not in mine else -1 for unit in before]
-    return torch.tensor(units, dtype=torch.int32, device=device)
 
 
 def _by_rank(x: Tensor, count: int) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flexdga.by_blocks import Choices, Pass
@@ -15,13 +16,13 @@ from flexdga.plan import Plan
 Kernel = Callable[[Tensor, Slots, Plan], Tensor]
 
 
-def joined_slots(key: Tensor, value: Tensor, made: list[Tensor]) -> Slots:
-    """Raw keys and values, and after them keys, values and perhaps bias of other slots."""
-    bias = None
+def joined_slots(keys: list[Tensor], values: list[Tensor], made: list[Tensor]) -> Slots:
+    """Raw keys and values in parts, and then keys, values and perhaps bias of other slots."""
+    key, bias = torch.cat([*keys, made[0]], 2), None
     if len(made) > 2:
-        raw = made[2].new_zeros(*key.shape[:3])
-        bias = torch.cat([raw, made[2].squeeze(-1)], -1)
-    return Slots(torch.cat([key, made[0]], 2), torch.cat([value, made[1]], 2), bias)
+        raw = key.shape[2] - made[0].shape[2]
+        bias = F.pad(made[2].squeeze(-1), (raw, 0))
+    return Slots(key, torch.cat([*values, made[1]], 2), bias)
 
 
 def attend_given_on_cpu(
@@ -75,7 +76,7 @@ class _Attend(torch.autograd.Function):
         query, key, value = query.detach(), key.detach(), value.detach()
         if query.dtype == torch.float64:
             return Pass(query, key, value, plan, job.choices, made).forward()
-        return job.kernel(query, joined_slots(key, value, made), plan)
+        return job.kernel(query, joined_slots([key], [value], made), plan)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

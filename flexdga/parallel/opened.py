@@ -96,8 +96,8 @@ def open_units(
                 config=config, is_causal=True, scale=scale, run=_run,
             )  # fmt: skip
             closed = since == NEVER
-            since = since - chunks.head + c * shards.size
-            table.append(since.masked_fill(closed, NEVER))
+            since += c * shards.size - chunks.head
+            table.append(since.masked_fill_(closed, NEVER))
     return torch.cat(table, 2)
 
 
@@ -124,11 +124,12 @@ def fetch(key: Tensor, value: Tensor, need: Tensor, shards: Shards, config: DGAC
     wanted_of_me = [(asked[rank] & (holder == me)).nonzero() for rank in range(shards.world)]
     mine_asked = [(asked[me] & (holder == rank)).nonzero() for rank in range(shards.world)]
 
-    rows = torch.cat([key, value], -1).unflatten(2, (-1, size))
+    units = [x.unflatten(2, (-1, size)) for x in (key, value)]
+    width = size * (key.shape[-1] + value.shape[-1])
     start = torch.zeros(shards.world * shards.count, dtype=torch.long, device=key.device)
     for i, number in enumerate(shards.numbers):
         start[number] = i * per_chunk
-    most = max(IN_FLIGHT // (size * rows.shape[-1]), 1)
+    most = max(IN_FLIGHT // width, 1)
     turns = -(-max(map(max, counts)) // most)
     got: list[list[Tensor]] = [[] for _ in range(shards.world)]
     for turn in range(turns):
@@ -137,11 +138,12 @@ def fetch(key: Tensor, value: Tensor, need: Tensor, shards: Shards, config: DGAC
         send = [len(w[part]) for w in wanted_of_me]
         receive = [len(w[part]) for w in mine_asked]
         here = start[unit // per_chunk] + unit % per_chunk
-        some = all_to_all(rows[b, h, here].flatten(1), send, receive, group, "opened units")
+        rows = torch.cat([x[b, h, here] for x in units], -1).flatten(1)
+        some = all_to_all(rows, send, receive, group, "opened units")
         for rank, piece in enumerate(funcol.wait_tensor(some).split(receive)):
             got[rank].append(piece)
     count = int(need.sum(-1).amax())
-    room = rows.new_zeros(*need.shape[:2], count, size * rows.shape[-1])
+    room = key.new_zeros(*need.shape[:2], count, width)
     if turns:  # whoever got nothing takes part in the gradient's exchange too
         b, h, unit = torch.cat(mine_asked).unbind(-1)
         place = (need.cumsum(-1) - 1)[b, h, unit]

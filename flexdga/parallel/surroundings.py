@@ -10,6 +10,7 @@ Shapes: C chunks of n tokens with h before and a after them, E = h + n + a; C st
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,8 @@ class Around(NamedTuple):
     """Chunks with what stands around them.
 
     Attributes:
-        query: (C·B, H, E, D); what no group's weights and no probe reads is 0.
+        query: (C·B, H, E, D), 0 before the chunk; (C·B, H, 0, D) where nothing but sinks is kept,
+            for which nobody reads it.
         key: (C·B, Hkv, E, D).
         value: (C·B, Hkv, E, Dv).
         docs: (C·B, E), indices from each chunk's own beginning on: negative for documents that
@@ -69,11 +71,14 @@ def around(
     """
     head, tail = before(config), beyond(config)
     q, k, v = (by_chunk(x, shards) for x in (query, key, value))
+    if config.only_sinks:  # nobody reads them
+        q = q[..., :0, :]
     if head:
         kv = torch.cat([k[..., -head:, :], v[..., -head:, :]], -1)
         kv = _from_neighbours(kv, 1, shards, "raw window")
         k_head, v_head = kv.split([k.shape[-1], v.shape[-1]], -1)
-        q = torch.cat([q.new_zeros(*q.shape[:3], head, q.shape[4]), q], 3)
+        if not config.only_sinks:
+            q = torch.cat([q.new_zeros(*q.shape[:3], head, q.shape[4]), q], 3)
         k, v = torch.cat([k_head, k], 3), torch.cat([v_head, v], 3)
     if tail:
         both = torch.cat([q[..., head : head + tail, :], k[..., head : head + tail, :]], 2).detach()
@@ -82,7 +87,7 @@ def around(
         q, k = torch.cat([q, q_tail], 3), torch.cat([k, k_tail], 3)
         v = torch.cat([v, v.new_zeros(*v.shape[:3], tail, v.shape[4])], 3)
     parts = [
-        _docs_around(docs, number * shards.size - head, q.shape[3]) for number in shards.numbers
+        _docs_around(docs, number * shards.size - head, k.shape[3]) for number in shards.numbers
     ]
     first, after = (torch.cat(part) for part in zip(*parts))
     return Around(
@@ -110,9 +115,11 @@ def plan_around(
         room = (whole.slots(shards, chunks.head), left)
     elif _share_room(docs, config):
         room = _focal_room(docs, shards, config, chunks)
+    # Sinks are a dozen small tensors: not worth the seconds of a compilation.
+    make = plan_attention if config.only_sinks else functools.partial(_run, plan_attention)
     with torch.no_grad():
-        plan: Plan = _run(
-            plan_attention, chunks.query.detach(), chunks.key.detach(), chunks.value.detach(),
+        plan: Plan = make(
+            chunks.query.detach(), chunks.key.detach(), chunks.value.detach(),
             chunks.docs, config=config, is_causal=True, scale=scale, room=room, copies=True,
             focal_of_whole=focal,
         )  # fmt: skip

@@ -80,7 +80,8 @@ def bytes_sent(
         sent["bias"] = (world - 1) * slots * heads * 4.0
     if config.opens:
         units = tokens // config.block_size[1]
-        feature = token if config.open_by == "box" else token * config.block_size[1] / 2
+        numbers = 2 if config.open_by == "box" else config.block_size[1]
+        feature = numbers * shape.head_dim * 2.0  # in bfloat16
         sent["features of units"] = (world - 1) * units * heads * feature
         sent["requests"] = (world - 1) * world * units * heads
         sent["opened units"] = opened.units * all_gathered(shape, length, world, itemsize)

@@ -151,8 +151,8 @@ class ShardedCache(LayerCache):
 
     Raw tokens that queries may open again are on one rank each. The raw window, the slots and the
     units' features (in bfloat16 1/32 of the keys and values) are on every rank, and so is
-    everything while a text is shorter than `config.dense_below`. After the prefill every rank calls `attend` with
-    the same new tokens, and gets the same output.
+    everything while a text is shorter than `config.dense_below`. After the prefill every rank calls
+    `attend` with the same new tokens, and gets the same output.
 
     Args:
         config: the choices.

@@ -27,8 +27,8 @@ def graphs() -> int:
 @pytest.mark.parametrize(
     ("scope", "expected"),
     [
-        ("causal", [3, 3, 3, 3, 3, 3, 3]),
-        pytest.param("prompt", [3, 3, 3, 3, 4, 4, 4], marks=pytest.mark.slow),
+        ("causal", [4, 4, 4, 4, 4, 4, 4]),
+        pytest.param("prompt", [4, 4, 4, 4, 5, 5, 5], marks=pytest.mark.slow),
     ],
 )
 def test_lengths_texts_and_layouts_share_one_compilation(scope, expected):

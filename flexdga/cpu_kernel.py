@@ -11,7 +11,9 @@
 4. Correctness. The template renames the symbols of its tile sizes by replacing text: `ks2` also
    inside `ks22`, and names the symbols of a table's size anew unless dynamo hands them in, so that
    a graph with dynamic shapes may not compile (`CppFlexAttentionTemplate.modification`).
-5. Compile time. Buffers in the source are numbered through the whole graph, so that no two layers
+5. Correctness. The template gives each thread that there is while it compiles a part of its buffers;
+   an exported program may run where there are more, which then write beyond them (`_OWN_THREADS`).
+6. Compile time. Buffers in the source are numbered through the whole graph, so that no two layers
    of a model shared their kernel (`score_buf_idx`, `mask_buf_idx`).
 
 1 and 2 are edits of the template's text. All act only while Inductor lowers a call that carries
@@ -129,7 +131,9 @@ def _install() -> None:
     def choose_flex_template(self: Any, *args: Any) -> Any:
         text = stock_choose(self, *args)
         self.flexdga_prefill = self.flexdga and text == stock_text
-        return texts[self.flexdga] if self.flexdga_prefill else text
+        if self.flexdga_prefill:
+            text = texts[self.flexdga]
+        return _OWN_THREADS + text if self.flexdga else text
 
     def modification(self: Any, buffer: Any, name: str, number: int) -> Any:
         places: dict[Any, str] = {}
@@ -204,6 +208,10 @@ _PLACES = 10**6
 
 
 # The template's text. The pieces below are torch's own lines, which say where an edit goes.
+
+_OWN_THREADS = """
+  num_thread = at::get_num_threads();
+"""
 
 
 def _with_transposed_keys(text: str) -> str:

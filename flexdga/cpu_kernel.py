@@ -11,8 +11,8 @@
 4. Correctness. The template renames the symbols of its tile sizes by replacing text: `ks2` also
    inside `ks22`, and names the symbols of a table's size anew unless dynamo hands them in, so that
    a graph with dynamic shapes may not compile (`CppFlexAttentionTemplate.modification`).
-5. Correctness. The template gives each thread that there is while it compiles a part of its buffers;
-   an exported program may run where there are more, which then write beyond them (`_OWN_THREADS`).
+5. Correctness. The template has buffers for as many threads as there are while it compiles. Where
+   an exported program runs there may be more, which wrote beyond them (`_OWN_THREADS`).
 6. Compile time. Buffers in the source are numbered through the whole graph, so that no two layers
    of a model shared their kernel (`score_buf_idx`, `mask_buf_idx`).
 

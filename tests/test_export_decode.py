@@ -12,9 +12,11 @@ import torch
 from helpers import TOLERANCE, qkv, relative_error, small
 from plain_models import VOCABULARY, NanoGPT
 from torch import nn
+from torch._inductor.package.package import package_aoti
 
 import flexdga
 from flexdga import DGAConfig
+from flexdga.compiling import all_compiled
 from flexdga.decode import LayerCache
 from flexdga.static_cache import remember, step
 from flexdga.static_layout import Layout
@@ -105,7 +107,7 @@ def test_the_exported_programs_generate_the_models_tokens_uncompiled(name, dynam
     with torch.no_grad():
         if dynamic:
             (prompt,), _, shapes = _dynamic((prompt,), {}, CAPACITY)
-        programs = _generation(model, prompt, shapes, CAPACITY)
+        programs = dict(_generation(model, prompt, shapes, CAPACITY))
         prefill, decode = (programs[name].module() for name in ("prefill", "decode"))
         prompt = tokens(3, 133) if dynamic else prompt
         logits, *state = prefill(prompt)
@@ -127,6 +129,7 @@ def test_what_cannot_be_decoded_so_is_refused_before_work_is_lost(tmp_path):
         (ValueError, "room for the example's 50", {"decode": 32}),
         (ValueError, "whole steps of 32", {"decode": 1000}),
         (TypeError, "number of tokens", {"decode": 640.0}),
+        (ValueError, "processes: expected 1, 2", {"processes": 3}),
     ):
         arguments = {"example_inputs": tokens(2, 50), "decode": CAPACITY} | changes
         with pytest.raises(error, match=match):
@@ -161,11 +164,11 @@ assert not {'flexdga', 'transformers', 'score_mods'} & set(sys.modules)
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
-    """A model with one layer that keeps a window and sinks, and its package."""
+    """A model with one layer that keeps a window and sinks, and its package, of two processes."""
     torch.manual_seed(0)
     model = llama(CONFIGS["window"], layers=1)
     path = tmp_path_factory.mktemp("package") / "model.pt2"
-    return model, flexdga.export(model, tokens(1, 100), path, decode=CAPACITY)
+    return model, flexdga.export(model, tokens(1, 100), path, decode=CAPACITY, processes=2)
 
 
 def check_package(model: nn.Module, path: Path) -> None:
@@ -182,6 +185,22 @@ def check_package(model: nn.Module, path: Path) -> None:
 @pytest.mark.slow
 def test_a_package_generates_the_models_tokens_with_torch_alone(package, eager):
     check_package(*package)
+
+
+@pytest.mark.slow
+def test_what_another_process_does_not_know_is_compiled_in_this_one(tmp_path, caplog):
+    class Mine(nn.Module):
+        def forward(self, x):
+            return torch.ops.test_export_decode.twice(x) + 1
+
+    with torch.library._scoped_library("test_export_decode", "DEF") as library:
+        library.define("twice(Tensor x) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+        library.impl("twice", lambda x: 2 * x, "CompositeExplicitAutograd")
+        program = torch.export.export(Mine(), (torch.randn(3),))
+        files = all_compiled(iter([("mine", program)]), None, processes=2)
+        assert "another process" in caplog.text and "test_export_decode" in caplog.text
+        path = package_aoti(str(tmp_path / "model.pt2"), files)
+        assert torch.equal(flexdga.load(path, "mine")(torch.ones(3)), torch.full((3,), 3.0))
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def test_a_wrong_spelling_is_refused(text):
     ],
 )
 def test_the_operator_passes_torchs_own_checks(config):
-    """Compiled, as it is in use: uncompiled flex_attention's vmap fails under these checks' mode."""
+    """Compiled, as in use: under these checks the vmap of uncompiled flex_attention fails."""
     for lengths in (None, torch.tensor([150, 80])):
         arguments = (*qkv(2, 4, 2, 150), None, lengths, spell(config), True, 0.2)
         torch.library.opcheck(OPERATOR, arguments)

@@ -225,21 +225,37 @@ def test_a_step_beyond_the_capacity_is_refused(package):
         flexdga.load(path)
 
 
+def built(folder: Path, source: Path) -> Path:
+    """A C++ program by the example's CMakeLists, whose source it takes the place of."""
+    shutil.copy(EXAMPLES / "cpp" / "CMakeLists.txt", folder)
+    shutil.copy(source, folder / "generate.cpp")
+    where = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+    for command in (
+        ["cmake", "-S", str(folder), "-B", str(folder), where],
+        ["cmake", "--build", str(folder)],
+    ):
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout + run.stderr
+    return folder / "generate"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
 def test_a_program_in_cpp_generates_the_models_tokens(package, tmp_path, eager):
     model, path = package
-    where = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
-    for command in (
-        ["cmake", "-S", str(EXAMPLES / "cpp"), "-B", str(tmp_path), where],
-        ["cmake", "--build", str(tmp_path)],
-    ):
-        run = subprocess.run(command, capture_output=True, text=True)
-        assert run.returncode == 0, run.stdout + run.stderr
+    program = built(tmp_path, EXAMPLES / "cpp" / "generate.cpp")
     prompt = tokens(1, 123)
     words = [str(token) for token in prompt[0].tolist()]
-    run = subprocess.run(
-        [tmp_path / "generate", path, "50", *words], capture_output=True, text=True
-    )
+    run = subprocess.run([program, path, "50", *words], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert [int(word) for word in run.stdout.split()] == generated(model, prompt, 50)[0].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+def test_a_package_refuses_in_cpp_what_it_would_read_wrongly(package, tmp_path):
+    program = built(tmp_path, Path(__file__).parent / "refused_inputs.cpp")
+    run = subprocess.run([program, package[1]], capture_output=True, text=True)
+    assert run.stdout.splitlines() == ["refused", "refused", "1 taken"], run.stderr
+    for reason in ("input 0: expected another dtype", "input 0: expected a contiguous tensor"):
+        assert reason in run.stderr

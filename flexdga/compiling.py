@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from flexdga.inductor import checked_inputs, long_memory
+from flexdga.inductor import checked_inputs, long_memory, ordered_strides
 from flexdga.lowering import lower
 
 _log = logging.getLogger("flexdga")
@@ -63,7 +63,7 @@ def compiled(name: str, program: ExportedProgram, options: Options) -> Any:
     args, kwargs = lowered.example_inputs
     chosen = dict(options or {}) | {"aot_inductor.package": True}
     _log.info("flexdga.export: compiling %s, %d nodes", name, len(lowered.graph.nodes))
-    with long_memory(), checked_inputs():
+    with long_memory(), checked_inputs(), ordered_strides():
         files = torch._inductor.aot_compile(
             lowered.module(check_guards=False), args, kwargs, options=chosen
         )

@@ -1,4 +1,7 @@
-"""What Inductor (torch 2.13) is made to do for a package: remember, and look at its inputs."""
+"""What Inductor (torch 2.13) is made to do for a package.
+
+It remembers, looks at the package's inputs, and puts strides in order that it does not know.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch._inductor import ir, sizevars
 from torch._inductor.codegen import cpp
 from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from torch._inductor.virtualized import V
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 CHECK_INPUT = """
 auto check_input = [](AtenTensorHandle x, const char* name, int32_t expected) {
@@ -23,6 +27,9 @@ auto check_input = [](AtenTensorHandle x, const char* name, int32_t expected) {
     AOTI_RUNTIME_CHECK(dtype == expected, std::string(name) + ": expected another dtype");
 };
 """
+
+GUESS = 8192
+"""For what depends on data."""
 
 
 @contextlib.contextmanager
@@ -66,4 +73,24 @@ def checked_inputs() -> Iterator[None]:
         stock(self)
 
     with patch.object(CppWrapperCpu, "codegen_inputs", codegen_inputs):
+        yield
+
+
+@contextlib.contextmanager
+def ordered_strides() -> Iterator[None]:
+    """Strides that depend on data are put in order by a guess at each; Inductor refuses to.
+
+    It asks for the order where a matrix product reads rows of one head, (B, 1, N, D): they are as
+    good as channels last. Any order is right.
+    """
+    stock = ir.FlexibleLayout.same_ordered
+
+    def same_ordered(sizes: Any, stride: Any) -> Any:
+        try:
+            return stock(sizes, stride)
+        except GuardOnDataDependentSymNode:
+            guess = V.graph.sizevars.optimization_hint
+            return stock(sizes, [guess(x, fallback=GUESS) for x in stride])
+
+    with patch.object(ir.FlexibleLayout, "same_ordered", staticmethod(same_ordered)):
         yield

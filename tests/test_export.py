@@ -198,7 +198,10 @@ def test_a_lowered_program_has_only_torchs_operators_and_equal_numbers(changes, 
     for batch, length in UNSEEN:
         inputs = qkv(batch, 4, 2, length)
         ids = documents(batch, length)
-        want = reference.attend(*inputs, make_plan(*inputs, config=config, **ids))
+        want = reference.attend(
+            *inputs, make_plan(*inputs, config=config, **ids),
+            group_weights=config.group_weights, group_bias=config.group_bias,
+        )  # fmt: skip
         assert relative_error(lowered(*inputs, *ids.values()), want) < FLOAT32
 
 

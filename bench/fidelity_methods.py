@@ -57,6 +57,10 @@ def _auto(budget: float, length: int, scope: Scope) -> DGAConfig:
     return DGAConfig.auto(budget=budget, scope=scope, dense_below=0)
 
 
+def _exact(budget: float, length: int, scope: Scope) -> DGAConfig:
+    return DGAConfig.auto(budget=budget, open_by="exact", scope=scope, dense_below=0)
+
+
 def _cca(budget: float, length: int, scope: Scope) -> DGAConfig:
     return fit(lambda n: DGAConfig.cca(window=n, scope=scope, unit_size=16), budget, length)
 
@@ -106,6 +110,7 @@ METHODS = {
     method.name: method
     for method in (
         Method("auto", _auto, "DGAConfig.auto(budget), a budget over 4096 tokens"),
+        Method("exact", _exact, "the same with open_by='exact'"),
         Method("default", lambda b, n, scope: DGAConfig(scope=scope, dense_below=0),
                "DGAConfig(), no budget", budgeted=False),
         Method("paper", lambda b, n, scope: DGAConfig.paper(scope=scope),

@@ -25,9 +25,13 @@ Prefill = Literal["sparse", "dense"]
 Scope = Literal["prompt", "causal"]
 ProbePlacement = Literal["even", "tail"]
 
-AUTO_BUDGETS = ((0.06, 0.4), (0.10, 0.12), (0.15, 0.06), (0.22, 0.035), (0.5, 0.006))
-"""Budgets and the `open_mass` that comes near to them. SmolLM2-135M reading 4096 tokens cost, for
-these five, .046, .090, .146, .207 and .520 over English, and within .005 of that over code."""
+AUTO_BUDGETS = {
+    "box": ((0.06, 0.4), (0.10, 0.12), (0.15, 0.06), (0.22, 0.035), (0.5, 0.006)),
+    "exact": ((0.06, 0.06), (0.10, 0.03), (0.15, 0.015), (0.22, 0.008)),
+}
+"""Budgets and the `open_mass` that comes near to them. SmolLM2-135M reading 4096 tokens of English
+cost .046, .090, .146, .207 and .520 by `box`, and .066, .097, .144 and .204 by `exact`; over code
+within .005 of that."""
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "importance": get_args(Importance),
@@ -252,6 +256,9 @@ class DGAConfig:
     def auto(cls, budget: float, **changes: Any) -> DGAConfig:
         """The best setting found for a budget, to be checked on one's own model.
 
+        With `open_by="exact"` blocks and units are of 16 tokens, and a budget goes much farther;
+        but planning takes longer, half of dense attention's scores.
+
         Args:
             budget: score entries to compute, as a share of dense causal attention's over 4096
                 tokens; about two thirds of it over 8192. What a text really costs is decided by
@@ -259,14 +266,18 @@ class DGAConfig:
             changes: override.
 
         Raises:
-            ValueError: the budget is not between 0.06 and 0.5.
+            ValueError: the budget is not between 0.06 and 0.5, or 0.22 with `exact`.
         """
-        low, high = AUTO_BUDGETS[0][0], AUTO_BUDGETS[-1][0]
+        open_by = changes.get("open_by", "box")
+        budgets = AUTO_BUDGETS.get(open_by, AUTO_BUDGETS["box"])  # wrong ones are refused below
+        low, high = budgets[0][0], budgets[-1][0]
         if not low <= budget <= high:
             raise ValueError(f"budget: expected {low} to {high}, got {budget!r}")
-        pairs = itertools.pairwise(AUTO_BUDGETS)
+        pairs = itertools.pairwise(budgets)
         (x0, y0), (x1, y1) = next(pair for pair in pairs if budget <= pair[1][0])
         base: dict[str, Any] = {"open_mass": y0 * (y1 / y0) ** ((budget - x0) / (x1 - x0))}
+        if open_by == "exact":
+            base |= {"block_size": (16, 16), "unit_size": 16}
         return cls(**(base | changes))
 
     @classmethod

@@ -195,3 +195,25 @@ def test_few_public_names():
         "DGACache", "DGAConfig", "DGAttention", "Plan", "applied", "dga_attention", "dga_decode",
         "export", "load", "lower", "make_plan", "report", "unwrap", "wrap",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("open_by", "blocks"), [("box", 32), ("exact", 16)])
+def test_auto_opens_more_for_larger_budgets(open_by, blocks):
+    budgets = (0.06, 0.08, 0.10, 0.12, 0.15, 0.2, 0.22)
+    configs = [DGAConfig.auto(budget, open_by=open_by) for budget in budgets]
+    masses = [config.open_mass for config in configs]
+    assert masses == sorted(masses, reverse=True) and len(set(masses)) == len(budgets)
+    assert {config.open_by for config in configs} == {open_by}
+    assert {config.block_size for config in configs} == {(blocks, blocks)}
+    assert DGAConfig.auto(0.1, open_by=open_by, window=128).window == 128
+
+
+@pytest.mark.parametrize(("budget", "open_by"), [(0.05, "box"), (0.51, "box"), (0.3, "exact")])
+def test_auto_refuses_budgets_that_were_not_measured(budget, open_by):
+    with pytest.raises(ValueError, match=rf"budget: expected 0.06 to .*, got {budget}"):
+        DGAConfig.auto(budget, open_by=open_by)
+
+
+def test_auto_names_an_unknown_way_to_open():
+    with pytest.raises(ValueError, match=r"open_by: expected one of .*, got 'guess'"):
+        DGAConfig.auto(0.1, open_by="guess")

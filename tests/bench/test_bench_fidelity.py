@@ -338,7 +338,7 @@ def test_quick_takes_options_and_json_goes_to_stdout(model_path, capsys):
 @pytest.mark.parametrize(
     ("extra", "says"),
     [
-        (["--methods", "paper,magic"], "--methods magic: expected some of: auto, exact, default, paper"),
+        (["--methods", "paper,magic"], "--methods magic: expected some of: auto, exact"),
         (["--tasks", "chess"], "--tasks chess: expected some of: lm"),
         (["--budgets", "0"], "expected a share above 0 and up to 1, got '0'"),
         (["--budgets", "ten"], "expected a share above 0 and up to 1, got 'ten'"),

@@ -153,11 +153,11 @@ def near_log_mass(
     score = score.view(batch, kv_heads, blocks, rep, rows, width)
 
     same = around.near == around.document.amax(-1, keepdim=True)  # (B, 1, T, W)
-    score = score + _closed(same)[:, :, :, None, None]
+    score = score.masked_fill(_hidden(same)[:, :, :, None, None] < 0, -math.inf)
     if is_causal:
         offset = torch.arange(width, dtype=torch.int32, device=query.device) - near_span(config)
         index = torch.arange(rows, dtype=torch.int32, device=query.device)
-        score = score + _closed(offset <= index[:, None])
+        score = score.masked_fill(_hidden(offset <= index[:, None]) < 0, -math.inf)
     return torch.logsumexp(score, -1).transpose(2, 3).flatten(1, 2)
 
 
@@ -379,7 +379,7 @@ def openings(
     open_to = far_TN & (units.first[:, None, None] == document[..., None])
     far = far_log_mass(query, units.key, config, scale)
     far = far.unflatten(2, (around.begin.shape[0], rows))
-    far = far + _closed(open_to)[..., None, :]
+    far = far.masked_fill(_hidden(open_to)[..., None, :] < 0, -math.inf)
     near = near_log_mass(query, around, config=config, is_causal=is_causal, scale=scale)
     # Queries of a document that ends in the block ask for nothing: no share of theirs is large.
     asks = around.document == document[..., None]
@@ -396,11 +396,11 @@ def openings(
     return since
 
 
-def _closed(seen: Tensor) -> Tensor:
-    """What hides a score where `seen` (..., T, N) is not true: 0 or -inf, as a table in memory.
+def _hidden(seen: Tensor) -> Tensor:
+    """-1 where `seen` (..., T, N) is not true, else 0, as a table in memory.
 
     Otherwise a compiler computes the mask anew for each query of a block, which takes longer than
     the exponential; what a `cat` gives, it stores.
     """
-    table = torch.where(seen, 0.0, -math.inf)
+    table = torch.where(seen, 0.0, -1.0)
     return torch.cat([table[..., :1, :], table[..., 1:, :]], -2)

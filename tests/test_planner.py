@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from helpers import qkv, small
@@ -246,3 +248,14 @@ def test_focal_ratio_is_rounded_down_as_written(ratio):
         plan = make_plan(*qkv(length=length), config=config)
         want = int(length * ratio + 1e-9)
         assert (plan.focal >= 0).sum(-1).tolist() == [[want, want]]
+
+
+def test_later_keys_may_be_anything():
+    query, key, value = qkv(length=512)
+    config = small(scope="causal", unit_size=16, open_units=None, open_mass=0.02)
+    want = make_plan(query, key, value, config=config).open
+    key[:, :, 400:] = math.nan
+    got = make_plan(query, key, value, config=config).open
+    rows = 400 // config.block_size[0]
+    assert (want < NEVER)[:, :, :rows].any()
+    assert torch.equal(got[:, :, :rows], want[:, :, :rows])

@@ -23,7 +23,7 @@ from flexdga.cpu_kernel import ask_for_instructions
 from flexdga.folding import by_kv_head, in_parts
 from flexdga.indexing import filled
 from flexdga.kernel import attend, attend_slots
-from flexdga.opening import open_table, openings
+from flexdga.opening import best_keys, open_table, openings
 from flexdga.plan import NEVER, Documents, Plan
 from flexdga.planner import dense_plan, documents, plan_attention
 from flexdga.spelling import spell
@@ -278,7 +278,14 @@ _compiled: dict[Callable[..., Any], Callable[..., Any]] = {
         isolate_recompiles=True,
         recompile_limit=RECOMPILE_LIMIT,
     )
-    for function in (plan_attention, openings, kinds_of_blocks, attend, attend_slots)
+    for function in (
+        plan_attention,
+        best_keys,
+        openings,
+        kinds_of_blocks,
+        attend,
+        attend_slots,
+    )
 }
 
 
@@ -309,9 +316,10 @@ def _run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if args[0].device.type == "cpu":
         ask_for_instructions()
     args, kwargs = torch.utils._pytree.tree_map_only(Tensor, _mark_dynamic, (args, kwargs))
-    for plan in args:
-        if isinstance(plan, Plan) and plan.open is not None:
-            torch._dynamo.maybe_mark_dynamic(plan.open, 3)  # its units too grow with the length
+    by_unit = [plan.open for plan in args if isinstance(plan, Plan)] + [kwargs.get("far")]
+    for table in by_unit:
+        if table is not None:
+            torch._dynamo.maybe_mark_dynamic(table, 3)  # the units too grow with the length
     return _compiled[function](*args, **kwargs)
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flexdga.config import DGAConfig
@@ -24,6 +25,8 @@ from flexdga.plan import NEVER, Documents
 Run = Callable[..., Any]
 SCORES = 1 << 22
 """Scores of units, or of keys, that are held at a time: megabytes that stay in a CPU's cache."""
+TOGETHER = 64
+"""Units whose keys are weighed at a time."""
 BEYOND = 60.0
 """A unit's log mass counts as at most so much more than that of all that is near: e^60 of them
 still sum up in float32, and whoever asks for a share asks for such a unit in any case."""
@@ -98,9 +101,10 @@ def unit_documents(first: Tensor, config: DGAConfig) -> Tensor:
 def far_log_mass(query: Tensor, units: Tensor, config: DGAConfig, scale: float) -> Tensor:
     """(B, H, C, N) estimated log of Σ exp(score) over each unit's tokens, for every query.
 
-    `box` takes a unit to be one token, somewhere between its mean key and the best corner of the
-    box: what is worth opening stands out of its unit. Counting the unit's tokens opened more and
-    found less.
+    A unit counts as one token: what is worth opening stands out of its unit. For `exact` that is
+    its best token: to sum them up takes several times as long, and a tenth less need be open then.
+    For `box` it is one somewhere between the mean key and the best corner of the box; counting
+    the box's tokens opened more and found less.
 
     Scores are bfloat16 products, whatever the dtype of the query, and rounded to bfloat16: a few
     per cent of a unit's mass, of which `open_mass` is a rough bound, for an eighth of the time.
@@ -111,17 +115,38 @@ def far_log_mass(query: Tensor, units: Tensor, config: DGAConfig, scale: float) 
         config: `open_by`, `block_size`.
         scale: of the scores.
     """
-    batch, heads, count, _ = query.shape
-    size, kv_heads = config.block_size[1], units.shape[1]
-    query = (query * scale).bfloat16()
+    rows = _rows(query, units.shape[1], scale)
     if config.open_by == "box":
         # q·corner = Σ max(q_d high_d, q_d low_d), the corner being the best one for this query.
-        query = torch.cat([query.clamp(min=0), query.clamp(max=0)], -1)
-    rows = query.reshape(batch, kv_heads, heads // kv_heads * count, query.shape[-1])
-    score = _products(rows, units.bfloat16()).view(batch, heads, count, -1).float()
-    if config.open_by == "exact":
-        return torch.logsumexp(score.unflatten(-1, (-1, size)), -1)
-    return score
+        rows = torch.cat([rows.clamp(min=0), rows.clamp(max=0)], -1)
+        far = _products(rows, units)
+    else:
+        far = best_keys(rows, by_place(units, config.block_size[1]))
+    return far.view(*query.shape[:3], far.shape[-1]).float()
+
+
+def _rows(query: Tensor, kv_heads: int, scale: float) -> Tensor:
+    """(B, G, R·C, D) bfloat16: the queries that share keys, in one matrix."""
+    batch, heads, count, head_dim = query.shape
+    shape = (batch, kv_heads, heads // kv_heads * count, head_dim)
+    return (query * scale).bfloat16().reshape(shape)
+
+
+def by_place(key: Tensor, size: int) -> Tensor:
+    """(B, G, U, N, D) bfloat16 of (B, G, N·U, D): the first keys of all units, the second, ..."""
+    number = key.shape[2] // size
+    return key.unflatten(2, (number, size)).transpose(2, 3).bfloat16().contiguous()
+
+
+def best_keys(rows: Tensor, key: Tensor) -> Tensor:
+    """(B, G, R, N) bfloat16 score of the best of each unit's keys.
+
+    Args:
+        rows: (B, G, R, D) bfloat16.
+        key: (B, G, U, N, D) bfloat16, so that the maximum runs over whole vectors of units.
+    """
+    score = _products(rows, key.flatten(2, 3))
+    return score.unflatten(-1, key.shape[2:4]).amax(-2)
 
 
 def _products(rows: Tensor, units: Tensor) -> Tensor:
@@ -321,6 +346,12 @@ def in_stretches(
     rows, size = config.block_size
     blocks, count = query.shape[2] // rows, units.first.shape[1]
     per_unit = units.key.shape[2] // count
+    together: list[Tensor] = []
+    scores = query.shape[:3].numel() * count
+    if config.open_by == "exact" and not torch.compiler.is_compiling():
+        room = F.pad(units.key, (0, 0, 0, -count % TOGETHER * size))
+        together = [by_place(some, size) for some in room.split(TOGETHER * size, 2)]
+        scores = max(scores, query.shape[:3].numel() * TOGETHER * size // 2)
 
     def table(first: int, end: int, reach: int) -> Tensor:
         """Of the query blocks [first, end), and of `reach` units."""
@@ -330,14 +361,20 @@ def in_stretches(
             lambda t: t.contiguous(),
             (query[:, :, first * rows : end * rows], around.of(slice(first, end)), some),
         )
-        made: Tensor = run(openings, *inputs, config=config, is_causal=is_causal, scale=scale)
+        far = None
+        if together:
+            alike = _rows(inputs[0], units.key.shape[1], scale)
+            best = [run(best_keys, alike, key) for key in together[: -(-reach // TOGETHER)]]
+            far = torch.cat(best, -1)[..., :reach].reshape(*inputs[0].shape[:3], reach)
+        made: Tensor = run(
+            openings, *inputs, config=config, is_causal=is_causal, scale=scale, far=far
+        )
         return made
 
     if torch.compiler.is_compiling():
         made = table(0, blocks, count)
         # The kernel's mask captures it, and Inductor takes the result of a `cat` as it is.
         return torch.cat([made[:, :, :1], made[:, :, 1:]], 2)
-    scores = query.shape[:3].numel() * units.key.shape[2]
     parts = max(min(scores // SCORES, blocks // 2), 1)
     whole = around.begin.new_full((*query.shape[:2], blocks, count), NEVER)
     for first, end in itertools.pairwise(i * blocks // parts for i in range(parts + 1)):
@@ -355,6 +392,7 @@ def openings(
     config: DGAConfig,
     is_causal: bool,
     scale: float,
+    far: Tensor | None = None,
 ) -> Tensor:
     """From which query on each of these query blocks sees each unit raw.
 
@@ -365,6 +403,7 @@ def openings(
         config: the choices.
         is_causal: whether queries see only the tokens up to themselves.
         scale: of the scores.
+        far: (B, H, T·I, N) from `far_log_mass`, where it is known already.
 
     Returns:
         (B, H, T, N) int32, NEVER where the unit stays closed. In `prompt` scope all queries of the
@@ -377,8 +416,9 @@ def openings(
         far_TN = far_TN | (number >= around.after[:, None])
     document = around.document.amax(-1)
     open_to = far_TN & (units.first[:, None, None] == document[..., None])
-    far = far_log_mass(query, units.key, config, scale)
-    far = far.unflatten(2, (around.begin.shape[0], rows))
+    if far is None:
+        far = far_log_mass(query, units.key, config, scale)
+    far = far.float().unflatten(2, (around.begin.shape[0], rows))
     far = far.masked_fill(_hidden(open_to)[..., None, :] < 0, -math.inf)
     near = near_log_mass(query, around, config=config, is_causal=is_causal, scale=scale)
     # Queries of a document that ends in the block ask for nothing: no share of theirs is large.

@@ -138,6 +138,20 @@ def test_a_query_opens_the_unit_that_it_needs():
         assert seen[250:256].all() and not seen[240:250].any() and not seen[256:].any()
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_exact_estimates_are_the_same_however_many_units_are_weighed_together(
+    is_causal, monkeypatch
+):
+    config = small(unit_size=16, open_units=None, open_mass=0.06, open_by="exact")
+    tables = []
+    for together in (3, 64):
+        monkeypatch.setattr("flexdga.opening.TOGETHER", together)
+        plan = make_plan(*qkv(batch=2, length=391), config=config, is_causal=is_causal)
+        tables.append(plan.open < NEVER)
+    assert torch.equal(*tables)
+    assert 0.05 < tables[0].float().mean() < 0.9
+
+
 @given(planner=planners, opener=st.one_of(st.just({}), openers), layout=layouts, length=lengths)
 def test_bidirectional_plans_show_every_token_exactly_once(planner, opener, layout, length):
     given_layout, ids = layout_arguments(layout, 2, length)

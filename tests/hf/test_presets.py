@@ -138,7 +138,7 @@ def test_h2o_sees_a_window_and_heavy_hitters(scope):
 @pytest.mark.parametrize("open_by", ["exact", "box"])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_block_selection_opens_the_units_with_most_attention(scope, open_by):
-    """Integers over √16, for scores are rounded to bfloat16, which holds these.
+    """Of a unit its best key counts. Integers over √16: bfloat16, in which scores are, holds them.
 
     For `box` the keys of a unit are equal, and a block's queries: then its order is exact.
     """
@@ -146,15 +146,20 @@ def test_block_selection_opens_the_units_with_most_attention(scope, open_by):
     query, key, value = (t.round() for t in qkv(2, 4, 2, LENGTH, head_dim=16))
     if open_by == "box":
         query, key = (t[:, :, ::16].repeat_interleave(16, 2) for t in (query, key))
-    share = causal_weights(query, key).unflatten(-1, (-1, 16)).sum(-1).unflatten(2, (-1, 16))
-    # All of a block's queries choose, or in causal scope the first one, which takes all turns.
-    share = share.amax(3) if scope == "prompt" else share[:, :, :, 0]
-    share = share - torch.arange(share.shape[-1]) * 1e-9  # of equal ones the older
-    opened = torch.zeros_like(share, dtype=torch.bool)
+    score = query.double() @ key.repeat_interleave(2, 1).double().mT / 4
+    mass = score.masked_fill(K > Q, -torch.inf).exp()
+    opened = torch.zeros(2, 4, LENGTH // 16, LENGTH // 16, dtype=torch.bool)
     for block in range(LENGTH // 16):
-        far = max(block * 16 - config.window + 1, 0) // 16
-        best = share[:, :, block, :far].topk(min(far, 3), -1).indices
-        opened[:, :, block].scatter_(-1, best, True)
+        rows, far = (
+            mass[:, :, block * 16 :][:, :, :16],
+            max(block * 16 - config.window + 1, 0) // 16,
+        )
+        best = rows[..., : far * 16].unflatten(-1, (far, 16)).amax(-1)
+        share = best / (best.sum(-1) + rows[..., far * 16 :].sum(-1))[..., None]
+        # All of a block's queries choose, or in causal scope the first one, which takes all turns.
+        share = share.amax(2) if scope == "prompt" else share[:, :, 0]
+        share = share - torch.arange(far) * 1e-9  # of equal ones the older
+        opened[:, :, block].scatter_(-1, share.topk(min(far, 3), -1).indices, True)
     got, plan = dga_attention(query, key, value, config=config, return_plan=True)
     assert torch.equal(plan.open < NEVER, opened)
     opened = opened.repeat_interleave(16, 2).repeat_interleave(16, 3)

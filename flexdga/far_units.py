@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flexdga.config import DGAConfig
 from flexdga.exact import attend_all
-from flexdga.indexing import compact, take_rows
+from flexdga.indexing import compact, take_units
 from flexdga.int8 import pack, unpack
 from flexdga.opening import far_log_mass, served, unit_documents, unit_features, wanted
 from flexdga.plan import NEVER
@@ -84,7 +84,8 @@ class FarUnits:
             self._kept = [t.clone() for t in kept]
         else:
             used = units * self.config.block_size[1]
-            self._kept = [_append(old, new, used) for old, new in zip(self._kept, kept)]
+            size = self.config.block_size[1]
+            self._kept = [_append(old, new, used, size) for old, new in zip(self._kept, kept)]
 
     def begin(self, since: Tensor, block: int) -> None:
         """What a prompt's last query block, number `block`, had open: (B, H, N) int32."""
@@ -175,7 +176,7 @@ class FarUnits:
         last = self._mine(opened[:, :, -1])
         unit = compact(last, int(last.sum(-1).amax()))
         seen = opened.gather(-1, _like(unit.clamp(min=0).long(), opened)) & (unit >= 0)[:, :, None]
-        half, place = len(self._kept) // 2, self._tokens(self._places(unit))
+        half, place = len(self._kept) // 2, self._places(unit)
         key, value = (self._unpack(part, place) for part in (self._kept[:half], self._kept[half:]))
         hidden = ~seen.repeat_interleave(self.config.block_size[1], -1)
         bias = torch.zeros_like(hidden, dtype=key.dtype).masked_fill(hidden, -math.inf)
@@ -207,13 +208,14 @@ class FarUnits:
             return pack(x)
         return (x.cpu() if self.config.keep_raw == "cpu" else x,)
 
-    def _unpack(self, kept: list[Tensor], position: Tensor) -> Tensor:
-        """Rows (B, H, P, D) of (B, Hkv, T, ·) tensors; -1 reads row 0."""
-        rep = position.shape[1] // kept[0].shape[1]
-        # A KV head's rows for its query heads side by side: nothing is repeated first.
-        index = position.unflatten(1, (-1, rep)).to(kept[0].device)
-        rows = [take_rows(t, index) for t in kept]
-        return _restored(rows).flatten(1, 2).to(position.device)
+    def _unpack(self, kept: list[Tensor], unit: Tensor) -> Tensor:
+        """Units (B, H, M) of (B, Hkv, T, ·) tensors: (B, H, M·U, ·); -1 reads the first."""
+        rep = unit.shape[1] // kept[0].shape[1]
+        # A KV head's units for its query heads side by side: nothing is repeated first.
+        index = unit.unflatten(1, (-1, rep)).flatten(2).to(kept[0].device)
+        size = self.config.block_size[1]
+        rows = _restored([take_units(t, index, size) for t in kept])
+        return rows.unflatten(2, (rep, unit.shape[2] * size)).flatten(1, 2).to(unit.device)
 
 
 def raw_log_mass(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> Tensor:
@@ -273,10 +275,14 @@ def _like(index: Tensor, table: Tensor) -> Tensor:
     return index[:, :, None].expand(-1, -1, table.shape[2], -1)
 
 
-def _append(buffer: Tensor, new: Tensor, used: int) -> Tensor:
-    """`new` (B, H, n, D) behind the first `used` columns; a full buffer is replaced by a larger."""
+def _append(buffer: Tensor, new: Tensor, used: int, size: int = 1) -> Tensor:
+    """`new` (B, H, n, D) behind the first `used` columns.
+
+    A full buffer is replaced by a larger one, in whole units of `size` columns.
+    """
     need = used + new.shape[2]
     if need > buffer.shape[2]:
-        buffer = F.pad(buffer[:, :, :used], (0, 0, 0, int(need * GROWTH) - used))
+        room = int(need // size * GROWTH) * size
+        buffer = F.pad(buffer[:, :, :used], (0, 0, 0, room - used))
     buffer[:, :, used:need] = new
     return buffer

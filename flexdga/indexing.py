@@ -31,6 +31,21 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(2, flat).view(*index.shape, x.shape[-1])
 
 
+def take_units(x: Tensor, unit: Tensor, size: int) -> Tensor:
+    """Whole units of `size` rows of `x` (B, H, N·size, D), side by side: (B, H, M·size, D).
+
+    A unit (B, H, M) of -1 reads the first. Units are copied as long rows: several times as fast as
+    row by row.
+    """
+    batch, heads, rows, width = x.shape
+    if not rows:
+        return x
+    first = torch.arange(batch * heads, device=x.device).view(batch, heads, 1) * (rows // size)
+    units = x.reshape(-1, size * width)
+    taken = units.index_select(0, (unit.clamp(min=0) + first).flatten())
+    return taken.view(batch, heads, unit.shape[2] * size, width)
+
+
 def put(table: Tensor, index: Tensor, value: Tensor) -> Tensor:
     """Copy of `table` (..., L) with `value` at `index` (..., N); an index of -1 writes nothing."""
     length = table.shape[-1]

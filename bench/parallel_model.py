@@ -68,11 +68,14 @@ def bytes_sent(
     # The first and the last rank send one end of their chunks to others: what follows the other is
     # nothing, or their own.
     ends = 1 if world == 2 else 2
-    sent = {
-        "raw window": ends * before(config) * heads * token,
-        "intervals": (world - 1) * slots * heads * 12.0,
-        "slots": (world - 1) * slots * heads * token,
-    }
+    sent: dict[str, float] = {"raw window": ends * before(config) * heads * token}
+    if config.only_sinks:  # raw, and all of them the first rank's
+        size = config.block_size[1]
+        ranks = world - 1 - (before(config) >= chunk)  # the second chunk may stand right behind
+        sent["sinks"] = ranks * -(-config.sinks // size) * size * heads * token
+    else:
+        sent["intervals"] = (world - 1) * slots * heads * 12.0
+        sent["slots"] = (world - 1) * slots * heads * token
     if beyond(config):
         rows = shape.batch * (shape.heads + shape.kv_heads) * shape.head_dim * itemsize
         sent["lookahead"] = ends * beyond(config) * rows

@@ -186,7 +186,9 @@ def near_log_mass(
     return torch.logsumexp(score, -1).transpose(2, 3).flatten(1, 2)
 
 
-def surroundings(key: Tensor, first: Tensor, *, config: DGAConfig, is_causal: bool) -> QueryBlocks:
+def surroundings(
+    key: Tensor, first: Tensor, *, config: DGAConfig, is_causal: bool, ahead: int = 0
+) -> QueryBlocks:
     """All query blocks of a sequence, with the tokens around each as a view of its keys.
 
     Args:
@@ -194,26 +196,31 @@ def surroundings(key: Tensor, first: Tensor, *, config: DGAConfig, is_causal: bo
         first: (B, L) first token of each token's document.
         config: the choices.
         is_causal: whether queries see only the tokens up to themselves.
+        ahead: tokens before the first query block: none, or at least `near_span`.
     """
     rows, size = config.block_size
-    begin = torch.arange(key.shape[2] // rows, dtype=torch.int32, device=key.device) * rows
+    blocks = (key.shape[2] - ahead) // rows
+    begin = torch.arange(blocks, dtype=torch.int32, device=key.device) * rows
+    begin = begin + ahead if ahead else begin
     if torch.compiler.is_compiling():
         # Numbers that seem to depend on data: Inductor (torch 2.13) takes what is computed from
         # an `arange` for an index of its own, and fails to simplify it.
         some = key[0, 0, 0, :1]
         begin = begin + ((some != some) & (some == some)).to(torch.int32)
     before, after = far_units(begin, config)
-    document = first[:, None].unflatten(2, (-1, rows))
+    document = (first[:, None, ahead:] if ahead else first[:, None]).unflatten(2, (-1, rows))
     last = torch.where(document == NEVER, -1, document).amax(-1, keepdim=True)
     document = torch.where(document == last, document, -1)
 
     span = near_span(config)
-    sides = (span, 0 if is_causal else span)
-    width = rows + sum(sides)
+    width = rows + (span if is_causal else 2 * span)
 
     def windows(x: Tensor, outside: int) -> Tensor:  # (B, G, L, ...) to (B, G, T, W, ...)
         blank = x.new_full((*x.shape[:2], span, *x.shape[3:]), outside)
-        x = torch.cat([blank, x] if is_causal else [blank, x, blank], 2)
+        if ahead:
+            x = x[:, :, ahead - span :]
+        sides = ([] if ahead else [blank], [] if is_causal else [blank])
+        x = torch.cat([*sides[0], x, *sides[1]], 2) if any(sides) else x
         # Not `unfold`, which computes T from the length: a compiler would not see that it is T.
         shape = (*x.shape[:2], begin.shape[0], width, *x.shape[3:])
         return x.as_strided(shape, (*x.stride()[:2], rows * x.stride(2), *x.stride()[2:]))

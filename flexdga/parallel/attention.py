@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import operator
 from typing import Any
 
 import torch
@@ -18,25 +17,19 @@ import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexdga.attention import _as_autocast, _without_autocast, run_kernel
-from flexdga.by_blocks import Choices
+from flexdga.attention import _as_autocast, _without_autocast
 from flexdga.checks import check_documents, check_inputs
-from flexdga.compress import Slots
 from flexdga.config import DGAConfig
 from flexdga.cpu_backward import wants_gradient
-from flexdga.folding import folded, parts_of, unfolded
-from flexdga.indexing import put
-from flexdga.kernel import attend_slots
-from flexdga.parallel.decoding import Prefilled, ShardedCache
+from flexdga.parallel.decoding import ShardedCache
 from flexdga.parallel.failures import watched
-from flexdga.parallel.focal import whole_focal
-from flexdga.parallel.gradient import attend_given_on_cpu, joined_slots
-from flexdga.parallel.local_plan import held_units, local_plan
-from flexdga.parallel.opened import features_of, fetch, needed, open_units, start_features
 from flexdga.parallel.shards import Shards, before, beyond, whole_step
-from flexdga.parallel.slots import Gathered, gather_slots
-from flexdga.parallel.surroundings import around, by_chunk, plan_around, whole_documents
-from flexdga.plan import Documents, Plan
+from flexdga.parallel.sparse import sparse_attention
+from flexdga.parallel.surroundings import (
+    by_chunk,
+    whole_documents,
+)
+from flexdga.plan import Documents
 from flexdga.spelling import spell
 
 
@@ -95,121 +88,7 @@ def parallel_attention(
         docs = whole_documents(document_ids, query.shape[0], shards, query.device)
         if shards.length < config.dense_below:
             return _dense(query, key, value, document_ids, docs, shards, scale, cache)
-        return _sparse(query, key, value, document_ids, docs, shards, config, scale, cache)
-
-
-def _sparse(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    ids: Tensor | None,
-    docs: Documents,
-    shards: Shards,
-    config: DGAConfig,
-    scale: float,
-    cache: ShardedCache | None,
-) -> Tensor:
-    """`_planned`, KV heads as rows of a batch (`folding.py`), a few of them at a time."""
-    kv_heads = key.shape[1]
-    rows = folded(query, key, value, docs, None)
-
-    def planned(
-        query: Tensor, key: Tensor, value: Tensor, docs: Documents, _: object
-    ) -> tuple[Tensor, Prefilled]:
-        return _planned(query, key, value, docs, shards, config, scale)
-
-    if cache is not None:
-        out, made = planned(*rows)
-        cache.begin(query, key, value, ids, shards, unfolded(made, kv_heads), scale)
-    elif wants_gradient(None, query, key, value):
-        out, _ = planned(*rows)
-    else:
-        blocks = shards.local_length // config.block_size[0]
-        table = blocks * (shards.total // config.block_size[1])
-        out = query.new_empty(*rows[0].shape[:3], value.shape[-1])
-        for part in parts_of(query, kv_heads, table):
-            some = torch.utils._pytree.tree_map_only(Tensor, operator.itemgetter(part), rows)
-            out[part], _ = planned(*some)
-    return out.view(*query.shape[:3], -1)
-
-
-def _planned(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    docs: Documents,
-    shards: Shards,
-    config: DGAConfig,
-    scale: float,
-) -> tuple[Tensor, Prefilled]:
-    # It is under way while the neighbours' tokens come and the chunks are planned.
-    started = start_features(key, shards, config) if config.opens else None
-    chunks = around(query, key, value, docs, shards, config)
-    whole = None
-    if config.scope == "prompt" and config.needs_importance:
-        whole = whole_focal(query, key, value, docs, shards, config, scale)
-    plan = plan_around(chunks, docs, shards, config, scale, whole)
-    slots = gather_slots(chunks, plan, docs, shards, config, scale, whole)
-    size, head = config.block_size[1], chunks.head
-    raw = [
-        [own, _by_rank(padded[:, :, :head], shards.count)]
-        for own, padded in ((key, chunks.key), (value, chunks.value))
-    ]
-    chunks = chunks._replace(query=query[:, :, :0], value=value[:, :, :0])  # read no more
-    held = held_units(shards, head, size, key.device).expand(*key.shape[:2], -1)
-    features = since = fetched = None
-    if started is not None:
-        features = features_of(started, shards)
-        since = open_units(query, chunks, features, docs, shards, config, scale)
-        need = needed(since, key.shape[1])
-        home = put(torch.zeros_like(need, dtype=torch.bool), held, held >= 0)
-        fetched = fetch(key, value, need & ~home, shards, config)
-        held = torch.cat([held, fetched.unit], -1)
-    local = local_plan(plan, slots, held, since, fetched, shards, head, size)
-    del chunks
-    if fetched is not None:
-        raw[0].append(fetched.key)
-        raw[1].append(fetched.value)
-    out = _attend(query, raw[0], raw[1], slots, local, config, scale)
-    return out, Prefilled(head, plan, slots, features, since)
-
-
-def _attend(
-    query: Tensor,
-    keys: list[Tensor],
-    values: list[Tensor],
-    slots: Gathered,
-    plan: Plan,
-    config: DGAConfig,
-    scale: float,
-) -> Tensor:
-    """One call of the kernel: raw keys and values, in parts, then the gathered slots."""
-
-    def kernel(query: Tensor, made: Slots, plan: Plan) -> Tensor:
-        return run_kernel(
-            attend_slots, query, made, plan,
-            block_size=config.block_size, scale=scale, score_mod=None, kernel_options=None,
-        )  # fmt: skip
-
-    made = [slots.key, slots.value, *([] if slots.bias is None else [slots.bias])]
-    on_cpu = query.device.type == "cpu"
-    wanted = (query, *keys, *values, *made)
-    if on_cpu and (query.dtype == torch.float64 or wants_gradient(None, *wanted)):
-        choices = Choices(
-            config.group_weights, config.group_bias == "mass", config.block_size, scale, None
-        )
-        key, value = torch.cat(keys, 2), torch.cat(values, 2)
-        return attend_given_on_cpu(kernel, query, key, value, made, plan, choices)
-    joined = joined_slots(keys, values, made)
-    if not on_cpu:
-        return kernel(query, joined, plan)
-    with torch.no_grad():  # one compilation, whoever calls
-        return kernel(query.detach(), joined, plan)
-
-
-def _by_rank(x: Tensor, count: int) -> Tensor:
-    """(C·B, H, n, D) to (B, H, C·n, D)."""
-    return x.unflatten(0, (count, -1)).movedim(0, 2).flatten(2, 3)
+        return sparse_attention(query, key, value, document_ids, docs, shards, config, scale, cache)
 
 
 def _dense(

@@ -73,7 +73,7 @@ def open_units(
     Returns:
         (B, H, T, N) int32, numbers of this rank's queries; NEVER where the unit stays closed.
     """
-    batch, rows = query.shape[0], config.block_size[0]
+    batch = query.shape[0]
     unit_first = unit_documents(docs.first, config)
     table = []
     with torch.no_grad():
@@ -87,10 +87,11 @@ def open_units(
             names = torch.where(unit_first == edge, 0, NEVER)
             names = torch.where(unit_first >= max(begin, 0), unit_first - begin, names)
             names = torch.where(unit_first == NEVER, NEVER, names)
-            around = surroundings(key, first.clamp(min=0), config=config, is_causal=True)
-            ahead = begin // config.block_size[1]  # units before the chunk's first key
-            around = around._replace(before=around.before + ahead, after=around.after + ahead)
-            own = around.of(slice(chunks.head // rows, (chunks.head + shards.size) // rows))
+            own = surroundings(
+                key, first.clamp(min=0), config=config, is_causal=True, ahead=chunks.head
+            ).of(slice(shards.size // config.block_size[0]))
+            older = begin // config.block_size[1]  # units before the chunk's first key
+            own = own._replace(before=own.before + older, after=own.after + older)
             since = in_stretches(
                 mine, own, Units(features, names), past=number * shards.size,
                 config=config, is_causal=True, scale=scale, run=_run,
@@ -101,19 +102,31 @@ def open_units(
     return torch.cat(table, 2)
 
 
-def fetch(key: Tensor, value: Tensor, need: Tensor, shards: Shards, config: DGAConfig) -> Fetched:
+def start_requests(need: Tensor, shards: Shards) -> Tensor:
+    """What `requests` takes when it is there, from the (B, Hkv, N) bool units that are needed."""
+    return all_gather(need[None].to(torch.uint8), shards.group, "requests")
+
+
+def requests(started: Tensor) -> Tensor:
+    """(W, B, Hkv, N) bool: the units that each rank needs of others."""
+    return funcol.wait_tensor(started).bool()
+
+
+def fetch(
+    key: Tensor, value: Tensor, asked: Tensor, shards: Shards, config: DGAConfig, what: str
+) -> Fetched:
     """Raw keys and values of units from the ranks that hold them.
 
     Args:
         key: (B, Hkv, C·n, D), this rank's.
         value: (B, Hkv, C·n, Dv).
-        need: (B, Hkv, N) bool, the units that this rank needs of others.
+        asked: (W, B, Hkv, N) bool, the units that each rank needs of others.
         shards: how the sequence is cut.
         config: `block_size`.
+        what: they are.
     """
     size, group, me = config.block_size[1], shards.group, shards.rank
-    asked = all_gather(need[None].to(torch.uint8), group, "requests")
-    asked = funcol.wait_tensor(asked).bool()  # (W, B, Hkv, N)
+    need = asked[me]
     per_chunk = shards.size // size
     holder = torch.tensor(
         [shards.owner(n) for n in range(shards.world * shards.count)], device=key.device
@@ -139,7 +152,7 @@ def fetch(key: Tensor, value: Tensor, need: Tensor, shards: Shards, config: DGAC
         receive = [len(w[part]) for w in mine_asked]
         here = start[unit // per_chunk] + unit % per_chunk
         rows = torch.cat([x[b, h, here] for x in units], -1).flatten(1)
-        some = all_to_all(rows, send, receive, group, "opened units")
+        some = all_to_all(rows, send, receive, group, what)
         for rank, piece in enumerate(funcol.wait_tensor(some).split(receive)):
             got[rank].append(piece)
     count = int(need.sum(-1).amax())
@@ -154,4 +167,5 @@ def fetch(key: Tensor, value: Tensor, need: Tensor, shards: Shards, config: DGAC
 
 def needed(since: Tensor, kv_heads: int) -> Tensor:
     """(B, Hkv, N) bool: the units that any query of a KV head opens."""
-    return (since < NEVER).any(2).unflatten(1, (kv_heads, -1)).any(2)
+    first = since.amin(2).unflatten(1, (kv_heads, -1)).amin(2)  # much faster than `any`
+    return first < NEVER

@@ -129,9 +129,8 @@ def _all(x: Tensor, shards: Shards, what: str) -> Tensor:
     return funcol.wait_tensor(every).permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
-def queries_before(position: Tensor, shards: Shards) -> Tensor:
-    """How many of this rank's queries stand before each position."""
-    counts = [
-        (position - number * shards.size).clamp(min=0, max=shards.size) for number in shards.numbers
-    ]
+def queries_before(position: Tensor, shards: Shards, rank: int | None = None) -> Tensor:
+    """How many of a rank's queries (None: of this one's) stand before each position."""
+    numbers = shards.numbers if rank is None else shards.numbers_of(rank)
+    counts = [(position - number * shards.size).clamp(min=0, max=shards.size) for number in numbers]
     return torch.stack(counts).sum(0, dtype=torch.int32)

@@ -26,6 +26,22 @@ from flexdga.plan import NEVER, Documents, Plan
 from flexdga.planner import documents, focal_capacity, focal_counts, plan_attention
 
 
+class Ends(NamedTuple):
+    """What neighbours send of their chunks' ends, for this rank's chunks; 0 where there is none.
+
+    Attributes:
+        head: (C, B, Hkv, h, D + Dv) keys and values before each chunk.
+        tail: (C, B, H + Hkv, a, D) queries and keys after it.
+    """
+
+    head: Tensor
+    tail: Tensor
+
+    def of(self, rows: slice) -> Ends:
+        """Those of some rows of the batch."""
+        return Ends(self.head[:, rows], self.tail[:, rows])
+
+
 class Around(NamedTuple):
     """Chunks with what stands around them.
 
@@ -33,7 +49,7 @@ class Around(NamedTuple):
         query: (C·B, H, E, D), 0 before the chunk; (C·B, H, 0, D) where nothing but sinks is kept,
             for which nobody reads it.
         key: (C·B, Hkv, E, D).
-        value: (C·B, Hkv, E, Dv).
+        value: (C·B, Hkv, E, Dv); (C·B, Hkv, 0, Dv) where no slots are made, as for the query.
         docs: (C·B, E), indices from each chunk's own beginning on: negative for documents that
             begin before it.
         head: h.
@@ -56,36 +72,62 @@ def whole_documents(ids: Tensor | None, batch: int, shards: Shards, device: Any)
     return Documents(first, after, docs.packed)
 
 
+def start_ends(
+    query: Tensor, key: Tensor, value: Tensor, shards: Shards, config: DGAConfig
+) -> tuple[_Sent, _Sent]:
+    """What `ends_of` takes when it is there, from this rank's (B, ·, C·n, ·) tensors."""
+    q, k, v = (by_chunk(x, shards) for x in (query, key, value))
+    last, first = slice(shards.size - before(config), None), slice(beyond(config))
+    keys_and_values = torch.cat([k[..., last, :], v[..., last, :]], -1)
+    queries_and_keys = torch.cat([q[..., first, :], k[..., first, :]], 2).detach()
+    return (
+        _to_neighbours(keys_and_values, 1, shards, "raw window"),
+        _to_neighbours(queries_and_keys, -1, shards, "lookahead"),
+    )
+
+
+def ends_of(started: tuple[_Sent, _Sent], shards: Shards) -> Ends:
+    """What the neighbours sent."""
+    return Ends(*(_from_neighbours(sent, shards) for sent in started))
+
+
 def around(
-    query: Tensor, key: Tensor, value: Tensor, docs: Documents, shards: Shards, config: DGAConfig
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ends: Ends,
+    docs: Documents,
+    shards: Shards,
+    config: DGAConfig,
+    *,
+    slots: bool,
 ) -> Around:
-    """Chunks and their surroundings, fetched from the neighbours.
+    """Chunks and their surroundings.
 
     Args:
         query: (B, H, C·n, D).
         key: (B, Hkv, C·n, D).
         value: (B, Hkv, C·n, Dv).
+        ends: of the neighbours.
         docs: of the whole sequence.
         shards: how it is cut.
         config: the choices.
+        slots: whether there will be any.
     """
-    head, tail = before(config), beyond(config)
+    head, tail = ends.head.shape[3], ends.tail.shape[3]
     q, k, v = (by_chunk(x, shards) for x in (query, key, value))
-    if config.only_sinks:  # nobody reads them
+    k_head, v_head = ends.head.split([k.shape[-1], v.shape[-1]], -1)
+    q_tail, k_tail = ends.tail.split([q.shape[2], k.shape[2]], 2)
+    if head or tail:
+        k = torch.cat([k_head, k, k_tail], 3)
+    if config.only_sinks:
         q = q[..., :0, :]
-    if head:
-        kv = torch.cat([k[..., -head:, :], v[..., -head:, :]], -1)
-        kv = _from_neighbours(kv, 1, shards, "raw window")
-        k_head, v_head = kv.split([k.shape[-1], v.shape[-1]], -1)
-        if not config.only_sinks:
-            q = torch.cat([q.new_zeros(*q.shape[:3], head, q.shape[4]), q], 3)
-        k, v = torch.cat([k_head, k], 3), torch.cat([v_head, v], 3)
-    if tail:
-        both = torch.cat([q[..., head : head + tail, :], k[..., head : head + tail, :]], 2).detach()
-        both = _from_neighbours(both, -1, shards, "lookahead")
-        q_tail, k_tail = both.split([q.shape[2], k.shape[2]], 2)
-        q, k = torch.cat([q, q_tail], 3), torch.cat([k, k_tail], 3)
-        v = torch.cat([v, v.new_zeros(*v.shape[:3], tail, v.shape[4])], 3)
+    elif head or tail:
+        q = torch.cat([q.new_zeros(*q.shape[:3], head, q.shape[4]), q, q_tail], 3)
+    if not slots:
+        v = v[..., :0, :]
+    elif head or tail:
+        v = torch.cat([v_head, v, v.new_zeros(*v.shape[:3], tail, v.shape[4])], 3)
     parts = [
         _docs_around(docs, number * shards.size - head, k.shape[3]) for number in shards.numbers
     ]
@@ -106,8 +148,13 @@ def plan_around(
     config: DGAConfig,
     scale: float,
     whole: WholeFocal | None = None,
+    *,
+    slots: bool,
 ) -> Plan:
-    """The plan of every chunk with its surroundings: intervals of indices into these."""
+    """The plan of every chunk with its surroundings: intervals of indices into these.
+
+    Without `slots` sinks are raw, and nothing else is ever seen again.
+    """
     room = focal = None
     if whole is not None:
         focal = whole.around(shards, chunks.head)
@@ -120,7 +167,7 @@ def plan_around(
     with torch.no_grad():
         plan: Plan = make(
             chunks.query.detach(), chunks.key.detach(), chunks.value.detach(),
-            chunks.docs, config=config, is_causal=True, scale=scale, room=room, copies=True,
+            chunks.docs, config=config, is_causal=True, scale=scale, room=room, copies=slots,
             focal_of_whole=focal,
         )  # fmt: skip
     return plan
@@ -173,26 +220,45 @@ def _focal_room(
     return focal_slots(chunks.key.shape[2], docs, shards, config), torch.cat(left)
 
 
-def _from_neighbours(x: Tensor, step: int, shards: Shards, what: str) -> Tensor:
-    """What the chunk `step` before each chunk sent, (C, ...) as `x`; 0 where there is none."""
-    chunks = shards.world * shards.count
+class _Sent(NamedTuple):
+    """Rows that are on their way from the chunk `step` before each chunk, (C, ...) in `shape`."""
 
-    def jobs(rank: int) -> list[tuple[int, int]]:
-        """Who gets what from this rank's chunks: (rank, number of the chunk that gets it)."""
-        got = [number + step for number in shards.numbers_of(rank)]
-        return sorted((shards.owner(n), n) for n in got if 0 <= n < chunks)
+    rows: Tensor
+    step: int
+    shape: torch.Size
 
-    mine = jobs(shards.rank)
-    send = [sum(to == rank for to, _ in mine) for rank in range(shards.world)]
+
+def _to_neighbours(x: Tensor, step: int, shards: Shards, what: str) -> _Sent:
+    """Send `x` (C, ...) of each chunk to the one `step` after it; nothing is no collective."""
+    mine = _jobs(shards.rank, step, shards)
     rows = x[[shards.numbers.index(n - step) for _, n in mine]].flatten(1)
-    coming = [n for rank in range(shards.world) for to, n in jobs(rank) if to == shards.rank]
-    receive = [sum(to == shards.rank for to, _ in jobs(rank)) for rank in range(shards.world)]
-    got = all_to_all(rows, send, receive, shards.group, what)
-    got = funcol.wait_tensor(got).unflatten(1, x.shape[1:])
-    none = torch.zeros_like(x[:1])
+    if x.numel():
+        ranks = range(shards.world)
+        send = [sum(to == rank for to, _ in mine) for rank in ranks]
+        receive = [sum(to == shards.rank for to, _ in _jobs(rank, step, shards)) for rank in ranks]
+        rows = all_to_all(rows, send, receive, shards.group, what)
+    return _Sent(rows, step, x.shape)
+
+
+def _from_neighbours(sent: _Sent, shards: Shards) -> Tensor:
+    """What came, in the order of this rank's chunks; 0 for a chunk that gets nothing."""
+    rows, step, shape = sent
+    if not shape.numel():
+        return rows.new_zeros(shape)
+    got = funcol.wait_tensor(rows).unflatten(1, shape[1:])
+    every = [_jobs(rank, step, shards) for rank in range(shards.world)]
+    coming = [n for jobs in every for to, n in jobs if to == shards.rank]
+    none = got.new_zeros(1, *shape[1:])
     parts = [got[coming.index(n)][None] if n in coming else none for n in shards.numbers]
     # Whoever got nothing takes part in the gradient's exchange too.
     return torch.cat([*parts, got[:0]])
+
+
+def _jobs(rank: int, step: int, shards: Shards) -> list[tuple[int, int]]:
+    """Who gets what from a rank's chunks: (rank, number of the chunk that gets it), in order."""
+    got = [number + step for number in shards.numbers_of(rank)]
+    chunks = shards.world * shards.count
+    return sorted((shards.owner(n), n) for n in got if 0 <= n < chunks)
 
 
 def _docs_around(docs: Documents, begin: int, size: int) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,10 @@ def all_gathered(shape: Shape, length: int, world: int, itemsize: int) -> float:
 def bytes_sent(
     shape: Shape, length: int, world: int, itemsize: int, config: DGAConfig, opened: Open
 ) -> dict[str, float]:
-    """Bytes that the busiest rank sends for a call, by what they are (as `parallel.traffic`).
+    """Bytes that a rank sends for a call, by what they are (as `parallel.traffic`).
+
+    Of each kind as many as the rank that sends most of it: with more than two ranks, the one that
+    sends sinks sends less of the raw window.
 
     Raises:
         ValueError: the whole prompt chooses focal tokens, and the text how they spread over chunks.

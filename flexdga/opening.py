@@ -353,12 +353,7 @@ def in_stretches(
     rows, size = config.block_size
     blocks, count = query.shape[2] // rows, units.first.shape[1]
     per_unit = units.key.shape[2] // count
-    together: list[Tensor] = []
-    scores = query.shape[:3].numel() * count
-    if config.open_by == "exact" and not torch.compiler.is_compiling():
-        room = F.pad(units.key, (0, 0, 0, -count % TOGETHER * size))
-        together = [by_place(some, size) for some in room.split(TOGETHER * size, 2)]
-        scores = max(scores, query.shape[:3].numel() * TOGETHER * size // 2)
+    together: list[Tensor] = []  # keys, those of `TOGETHER` units in each; not in a compiler
 
     def table(first: int, end: int, reach: int) -> Tensor:
         """Of the query blocks [first, end), and of `reach` units."""
@@ -382,7 +377,12 @@ def in_stretches(
         made = table(0, blocks, count)
         # The kernel's mask captures it, and Inductor takes the result of a `cat` as it is.
         return torch.cat([made[:, :, :1], made[:, :, 1:]], 2)
-    parts = max(min(scores // SCORES, blocks // 2), 1)
+    per_query = count
+    if config.open_by == "exact":
+        per_query = max(count, TOGETHER * size // 2)
+        room = F.pad(units.key, (0, 0, 0, -count % TOGETHER * size))
+        together += [by_place(some, size) for some in room.split(TOGETHER * size, 2)]
+    parts = max(min(query.shape[:3].numel() * per_query // SCORES, blocks // 2), 1)
     whole = around.begin.new_full((*query.shape[:2], blocks, count), NEVER)
     for first, end in itertools.pairwise(i * blocks // parts for i in range(parts + 1)):
         # Units that no block of the stretch can open are left out, in whole multiples of few.

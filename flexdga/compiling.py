@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from flexdga.inductor import checked_inputs, long_memory, ordered_strides
-from flexdga.lowering import lower
+from flexdga.lowering import decomposition, lower
+from flexdga.repeats import folded, unfolding
 
 _log = logging.getLogger("flexdga")
 
@@ -57,18 +59,26 @@ def all_compiled(
 def compiled(name: str, program: ExportedProgram, options: Options) -> Any:
     """The files that AOTInductor makes of a program."""
     began = time.perf_counter()
-    _log.info("flexdga.export: lowering %s, %d nodes", name, len(program.graph.nodes))
-    lowered = lower(program)
-    assert lowered.example_inputs is not None  # of torch.export
-    args, kwargs = lowered.example_inputs
+    assert program.example_inputs is not None  # of torch.export
+    args, kwargs = program.example_inputs
+    if _has_subclasses(program):
+        program = lower(program)
+    graph, pieces = folded(program.module(check_guards=False))
     chosen = dict(options or {}) | {"aot_inductor.package": True}
-    _log.info("flexdga.export: compiling %s, %d nodes", name, len(lowered.graph.nodes))
-    with long_memory(), checked_inputs(), ordered_strides():
-        files = torch._inductor.aot_compile(
-            lowered.module(check_guards=False), args, kwargs, options=chosen
-        )
+    _log.info(
+        "flexdga.export: compiling %s, %d nodes of %d",
+        name, len(graph.graph.nodes), len(program.graph.nodes),
+    )  # fmt: skip
+    with long_memory(), checked_inputs(), ordered_strides(), unfolding(pieces, decomposition()):
+        files = torch._inductor.aot_compile(graph, args, kwargs, options=chosen)
     _log.info("flexdga.export: %s took %.0f s", name, time.perf_counter() - began)
     return files
+
+
+def _has_subclasses(program: ExportedProgram) -> bool:
+    """Whether weights are tensors of other kinds (torchao's), which have insides."""
+    every = (*program.state_dict.values(), *program.constants.values())
+    return any(is_traceable_wrapper_subclass(x) for x in every)
 
 
 @contextlib.contextmanager

@@ -125,6 +125,9 @@ class Prompt(_Entry):
         length = tokens.shape[1]
         torch._check(length <= self.capacity)
         shared = Shared()
+        for layout in self.layouts:  # before the first layer, so that all layers are alike
+            if not layout.dense:
+                shared.filled_length(length, layout)
         layers = [StaticLayer(layout, shared, {}) for layout in self.layouts]
         logits = _logits(self.model, tokens, layers, logits_to_keep=1)
         state = [t for layer in layers for t in layer.state.values()]

@@ -66,7 +66,12 @@ def lower(program: ExportedProgram) -> ExportedProgram:
         raise TypeError(f"program: expected an ExportedProgram, got {type(program).__name__}")
     if not any(node.target is OPERATOR for node in program.graph.nodes):
         return program
-    return program.run_decompositions({OPERATOR: _Lowering().attention})
+    return program.run_decompositions(decomposition())
+
+
+def decomposition() -> dict[Any, Callable[..., Any]]:
+    """The operator in others, for one tracing; layers share what they can."""
+    return {OPERATOR: _Lowering().attention}
 
 
 def whole_steps(length: int, step: int, least: int = 1) -> int:

@@ -144,8 +144,7 @@ def step(
         sinks = slice(ring, ring + layout.extra)
         hidden = torch.where(done > 0, 0.0, -math.inf).to(key)
         bias = torch.cat([raw, bias[:, :, sinks] + hidden, bias[:, :, sinks.stop :]], 2)
-    home = torch.tensor(_homes(layout), dtype=torch.int32, device=key.device)
-    position = (home * config.unit_size).expand(*key.shape[:2], -1)
+    position = _homes(layout, key.device).expand(*key.shape[:2], -1)
     seen = Columns(state["key"], state["value"], bias, position)
     bias = bias[:, :, None]
     if layout.opens:
@@ -166,10 +165,14 @@ def _write(buffer: Tensor, index: Tensor, new: Tensor) -> None:
     buffer.index_copy_(2, index, new.to(buffer.dtype))
 
 
-def _homes(layout: Layout) -> list[int]:
-    """The unit of each column; raw ones are not asked for it."""
-    slots = [i // layout.per_unit for i in range(layout.count * layout.per_unit)]
-    return [0] * (layout.ring + layout.extra) + slots + [0] * layout.scrap
+def _homes(layout: Layout, device: torch.device) -> Tensor:
+    """(C,) int32 first position of the unit of each column; raw ones are not asked for it."""
+    size = layout.config.unit_size
+    column = torch.arange(layout.ring + layout.slots + layout.scrap, device=device)
+    slot = column - (layout.ring + layout.extra)
+    unit = torch.div(slot, max(layout.per_unit, 1), rounding_mode="floor")
+    inside = (slot >= 0) & (unit < (layout.count if layout.per_unit else 0))
+    return torch.where(inside, unit * size, 0).to(torch.int32)
 
 
 def _as_data(number: Tensor, some: Tensor) -> Tensor:

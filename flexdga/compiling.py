@@ -19,9 +19,10 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from flexdga.calls import unfolding
 from flexdga.inductor import checked_inputs, long_memory, ordered_strides
-from flexdga.lowering import decomposition, lower
-from flexdga.repeats import folded, unfolding
+from flexdga.lowering import decomposition
+from flexdga.repeats import folded
 
 _log = logging.getLogger("flexdga")
 
@@ -62,7 +63,7 @@ def compiled(name: str, program: ExportedProgram, options: Options) -> Any:
     assert program.example_inputs is not None  # of torch.export
     args, kwargs = program.example_inputs
     if _has_subclasses(program):
-        program = lower(program)
+        program = program.run_decompositions({})  # which leaves their insides
     graph, pieces = folded(program.module(check_guards=False))
     chosen = dict(options or {}) | {"aot_inductor.package": True}
     _log.info(

@@ -31,7 +31,7 @@ def test_export(tmp_path, capsys):
     shown, found = export(
         tmp_path, capsys, "--quick", "--attention", "dense", "--lengths", "65,130", "--compiled"
     )
-    for word in ("hardware:", "2 layers", "L = 65", "L = 130", "room for 192", "MiB on disk"):
+    for word in ("hardware:", "2 layers", "L = 65", "L = 130", "room for 160", "MiB on disk"):
         assert word in shown
     exported, compiled = found["made"]
     assert exported["method"] == "dense exported" and exported["mib"] > 1

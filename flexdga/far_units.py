@@ -83,9 +83,10 @@ class FarUnits:
         if not units:
             self._kept = [t.clone() for t in kept]
         else:
-            used = units * self.config.block_size[1]
             size = self.config.block_size[1]
-            self._kept = [_append(old, new, used, size) for old, new in zip(self._kept, kept)]
+            self._kept = [
+                _append(old, new, units * size, size) for old, new in zip(self._kept, kept)
+            ]
 
     def begin(self, since: Tensor, block: int) -> None:
         """What a prompt's last query block, number `block`, had open: (B, H, N) int32."""

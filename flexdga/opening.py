@@ -357,7 +357,8 @@ def in_stretches(
 
     def table(first: int, end: int, reach: int) -> Tensor:
         """Of the query blocks [first, end), and of `reach` units."""
-        some = Units(units.key[:, :, : reach * per_unit], units.first[:, :reach])
+        keys = 0 if together else reach * per_unit  # those together are weighed here
+        some = Units(units.key[:, :, :keys], units.first[:, :reach])
         inputs = torch.utils._pytree.tree_map(
             # Copies: a slice is compiled for strides that differ from stretch to stretch.
             lambda t: t.contiguous(),

@@ -106,7 +106,7 @@ def plan_attention(
 def _plan_without_slots(docs: Documents, kv_heads: int, config: DGAConfig, is_causal: bool) -> Plan:
     """Sinks stay raw, the rest is dropped: copies of sinks would fill no key block."""
     index = torch.arange(docs.first.shape[1], dtype=torch.int32, device=docs.first.device)
-    leaves, sink = leaves_window(index, config), _sinks(docs, config)
+    leaves, sink = leaves_window(index, config), is_sink(docs, config)
     # Of minima and maxima Inductor (torch 2.13) would make parts of an index, and fail.
     end = torch.where((leaves < docs.after) & ~sink, leaves, docs.after)
     start = docs.first
@@ -216,7 +216,7 @@ def focal_of_prompt(score: Tensor, docs: Documents, config: DGAConfig, is_causal
     lives = handover(index, config) < docs.after
     if not is_causal:
         lives = lives | ((_takeover(index, config) > docs.first) & (docs.after > 0))
-    lives, sink = lives[:, None], _sinks(docs, config)[:, None]
+    lives, sink = lives[:, None], is_sink(docs, config)[:, None]
     ranked = score.masked_fill(sink, torch.inf).masked_fill(~lives, -1.0)
     quota = _focal_quota(docs, config)
     if docs.packed:
@@ -244,7 +244,7 @@ def _focal_by_unit(
             config=config, lookahead=lookahead(config), scale=scale,
         )  # fmt: skip
     lives = _in_last_document(docs, config)[:, None]
-    sink = _units(_sinks(docs, config), config)[:, None]
+    sink = _units(is_sink(docs, config), config)[:, None]
     ranked = score.masked_fill(sink, torch.inf).masked_fill(~lives, -1.0)
     chosen = (_top(ranked, config.focal_per_unit) | sink) & lives
     return chosen.flatten(2), score.flatten(2)
@@ -281,7 +281,7 @@ def focal_counts(docs: Documents, config: DGAConfig) -> Tensor:
 
     So it is in `causal` scope, and where sinks alone are focal.
     """
-    sink = _units(_sinks(docs, config), config)
+    sink = _units(is_sink(docs, config), config)
     if config.scope == "causal":
         lives = _in_last_document(docs, config)
         most = (sink & lives).sum(-1).clamp(min=config.focal_per_unit)
@@ -319,7 +319,7 @@ def _top_of_each_document(score: Tensor, first: Tensor, quota: Tensor) -> Tensor
     return torch.zeros_like(score, dtype=torch.bool).scatter(-1, order, among)
 
 
-def _sinks(docs: Documents, config: DGAConfig) -> Tensor:
+def is_sink(docs: Documents, config: DGAConfig) -> Tensor:
     """(B, L) bool: the first tokens of each document."""
     index = torch.arange(docs.first.shape[-1], dtype=torch.int32, device=docs.first.device)
     return (docs.after > 0) & (index - docs.first < config.sinks)

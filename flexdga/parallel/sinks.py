@@ -14,13 +14,13 @@ from flexdga.indexing import take
 from flexdga.parallel.shards import Shards, before
 from flexdga.parallel.slots import queries_before
 from flexdga.plan import NEVER, Documents
-from flexdga.planner import _sinks
+from flexdga.planner import is_sink
 
 
 def sinks_asked(docs: Documents, shards: Shards, config: DGAConfig) -> Tensor:
     """(W, B, N) bool: the units with sinks that each rank's queries see, and it does not hold."""
     size, head = config.block_size[1], before(config)
-    row, at = _sinks(docs, config).nonzero().unbind(1)
+    row, at = is_sink(docs, config).nonzero().unbind(1)
     after = docs.after[row, at]
     asked = torch.zeros(
         shards.world, docs.first.shape[0], shards.total // size, dtype=torch.bool, device=at.device
@@ -50,7 +50,8 @@ def with_sinks(
         config: the choices.
     """
     sink, after = (
-        take(t[:, None].expand(-1, at.shape[1], -1), at) for t in (_sinks(docs, config), docs.after)
+        take(t[:, None].expand(-1, at.shape[1], -1), at)
+        for t in (is_sink(docs, config), docs.after)
     )
     sink = sink & (at >= 0)
     first, stop = queries_before(at, shards), queries_before(after, shards)

@@ -179,22 +179,12 @@ def _attended(
     fetched = [] if job.sent.sinks is None else [job.sent.sinks]
     held = job.held
     if job.asked is not None:
-        opened = fetch(
-            job.key, job.value, requests(job.asked), shards, config, "opened units"
-        )  # fmt: skip
+        opened = fetch(job.key, job.value, requests(job.asked), shards, config, "opened units")
         held = held.and_fetched(opened)
         fetched.append(opened)
     ends = _by_rank(job.sent.ends.head)
-    plan = local_plan(
-        job.plan,
-        job.slots,
-        held,
-        job.since,
-        job.docs,
-        shards,
-        config,
-        ends.shape[2] // shards.count,
-    )
+    head = ends.shape[2] // shards.count
+    plan = local_plan(job.plan, job.slots, held, job.since, job.docs, shards, config, head)
     head_keys, head_values = ends.split([job.key.shape[-1], job.value.shape[-1]], -1)
     keys = [job.key, head_keys, *(some.key for some in fetched)]
     values = [job.value, head_values, *(some.value for some in fetched)]

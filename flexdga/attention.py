@@ -20,10 +20,11 @@ from flexdga.checks import check_inputs, check_plan
 from flexdga.config import DGAConfig, as_constant
 from flexdga.cpu_backward import attend_on_cpu, plan_alone, stands_apart, wants_gradient
 from flexdga.cpu_kernel import ask_for_instructions
+from flexdga.estimates import best_keys
 from flexdga.folding import by_kv_head, in_parts
 from flexdga.indexing import filled
 from flexdga.kernel import attend, attend_slots
-from flexdga.opening import best_keys, open_table, openings
+from flexdga.opening import open_table, openings
 from flexdga.plan import NEVER, Documents, Plan
 from flexdga.planner import dense_plan, documents, plan_attention
 from flexdga.spelling import spell
@@ -317,6 +318,7 @@ def _run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         ask_for_instructions()
     args, kwargs = torch.utils._pytree.tree_map_only(Tensor, _mark_dynamic, (args, kwargs))
     by_unit = [plan.open for plan in args if isinstance(plan, Plan)] + [kwargs.get("far")]
+    by_unit += [kwargs["columns"].may_coarse] if kwargs.get("columns") else []
     for table in by_unit:
         if table is not None:
             torch._dynamo.maybe_mark_dynamic(table, 3)  # the units too grow with the length

@@ -25,6 +25,9 @@ Prefill = Literal["sparse", "dense"]
 Scope = Literal["prompt", "causal"]
 ProbePlacement = Literal["even", "tail"]
 
+COARSE = 16
+"""Units that are weighed together where they are far away."""
+
 AUTO_BUDGETS = {
     "box": ((0.06, 0.4), (0.10, 0.12), (0.15, 0.06), (0.22, 0.035), (0.5, 0.006)),
     "exact": ((0.06, 0.065), (0.10, 0.0225), (0.15, 0.010), (0.22, 0.0046), (0.5, 0.0005)),
@@ -91,6 +94,11 @@ class DGAConfig:
             2406.10774; the blend is flexdga's choice). `exact`: from the best of the unit's keys,
             for which all scores are computed, in bfloat16, half the arithmetic of dense attention;
             it opens what is needed and little else.
+        coarse_beyond: a query with more tokens than this to open from weighs and opens units by
+            themselves in the last quarter of so many, and sixteen at a time before that, by the
+            mean of their estimates, so that planning hardly grows with the length. None: always by
+            themselves, as with `exact`, with a number of `open_units`, and in attention that is
+            not causal.
         keep_raw: what a `DGACache` keeps of tokens that left the window, for decoding to open:
             `full`, `int8` (per token and head), `cpu` (in host memory), or `none`, which frees
             them, and then decoding opens nothing.
@@ -129,6 +137,7 @@ class DGAConfig:
     open_units: int | None = None
     open_mass: float = 0.06
     open_by: OpenBy = "box"
+    coarse_beyond: int | None = 8192
     keep_raw: KeepRaw = "full"
     prefill: Prefill = "sparse"
     scope: Scope = "prompt"
@@ -151,6 +160,8 @@ class DGAConfig:
             self._check_int("focal_budget", self.focal_budget, 0, None)
         if self.open_units is not None:
             self._check_int("open_units", self.open_units, 0, None)
+        if self.coarse_beyond is not None:
+            self._check_int("coarse_beyond", self.coarse_beyond, 0, None)
         self._check_share("focal_ratio", self.focal_ratio, 1.0, "[0, 1]")
         self._check_share("open_mass", self.open_mass, math.nextafter(1.0, 0.0), "[0, 1)")
         if not isinstance(self.align, bool):
@@ -358,6 +369,8 @@ class DGAConfig:
     # Derived once; fields and not properties, so that compilers find constants in them.
     opens: bool = dataclasses.field(init=False, repr=False, compare=False)
     """Whether query blocks may open units."""
+    coarsens: bool = dataclasses.field(init=False, repr=False, compare=False)
+    """Whether causal attention weighs units together where they are far away."""
     groups: bool = dataclasses.field(init=False, repr=False, compare=False)
     """Whether tokens are grouped."""
     only_sinks: bool = dataclasses.field(init=False, repr=False, compare=False)
@@ -384,6 +397,8 @@ class DGAConfig:
     def _derive(self) -> None:
         derive = functools.partial(object.__setattr__, self)
         derive("opens", self.open_units != 0)
+        coarse = self.open_units is None and self.open_by == "box"
+        derive("coarsens", coarse and self.coarse_beyond is not None)
         derive("groups", self.rest == "group")
         whole = self.scope == "prompt" and self.grouping == "sequence" and not self.opens
         derive("whole_sequence", whole)

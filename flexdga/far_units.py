@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexdga.config import DGAConfig
+from flexdga.estimates import far_log_mass, products, unit_documents, unit_features
 from flexdga.exact import attend_all
 from flexdga.indexing import compact, take_units
 from flexdga.int8 import pack, unpack
-from flexdga.opening import far_log_mass, served, unit_documents, unit_features, wanted
+from flexdga.opening import served, wanted
 from flexdga.plan import NEVER
 from flexdga.storage import GROWTH, Columns
 from score_mods import ScoreMod
@@ -220,7 +221,7 @@ class FarUnits:
 
 
 def raw_log_mass(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """(B, H, Q) log of Σ exp(score) over raw tokens.
+    """(B, H, Q) log of Σ exp(score) over raw tokens, of bfloat16 scores as in `far_log_mass`.
 
     Args:
         query: (B, H, Q, D).
@@ -229,7 +230,8 @@ def raw_log_mass(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> Tens
         scale: of the scores.
     """
     rep = query.shape[1] // key.shape[1]
-    score = (query.unflatten(1, (-1, rep)) @ key[:, :, None].mT).float() * scale
+    rows = (query * scale).bfloat16().unflatten(1, (-1, rep))
+    score = products(rows, key[:, :, None].bfloat16()).float()
     return torch.logsumexp(score + bias[:, :, None], -1).flatten(1, 2)
 
 

@@ -10,6 +10,7 @@ N units, U tokens of a unit, T query blocks, I queries of one, W tokens near one
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -19,38 +20,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexdga.config import DGAConfig
+from flexdga.coarse import (
+    CHUNK,
+    Columns,
+    all_fine,
+    by_unit,
+    coarse_units,
+    column_log_mass,
+    columns,
+)
+from flexdga.coarse import width as column_width
+from flexdga.config import COARSE, DGAConfig
+from flexdga.estimates import (
+    Units,
+    best_keys,
+    by_place,
+    far_log_mass,
+    products,
+    query_features,
+    shared_rows,
+    unit_documents,
+    unit_features,
+)
 from flexdga.plan import NEVER, Documents
 
 Run = Callable[..., Any]
-SCORES = 1 << 22
-"""Scores of units, or of keys, that are held at a time: megabytes that stay in a CPU's cache."""
 TOGETHER = 64
 """Units whose keys are weighed at a time."""
+SCORES = 1 << 22
+"""Scores of units, or of keys, that are held at a time: megabytes that stay in a CPU's cache."""
 BEYOND = 60.0
 """A unit's log mass counts as at most so much more than that of all that is near: e^60 of them
 still sum up in float32, and whoever asks for a share asks for such a unit in any case."""
 OUTSIDE = -2
 """In place of the document of a token that is not there: no query's, not even a query's without."""
-BOX_SHARE = 0.3
-"""How far a unit's estimate goes from its mean key towards the corner of the box around its keys
-that suits the query best. Measured on a real model: bench/RESEARCH.md."""
-
-BFLOAT16_ON_CPU: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-"""Whether this CPU has fast bfloat16 products; float32 ones, rounded afterwards, are the same."""
-
-
-class Units(NamedTuple):
-    """What estimates need of each unit.
-
-    Attributes:
-        key: bfloat16, (B, Hkv, N, 2D) features for `box`, (B, Hkv, N·U, D) the keys for `exact`.
-        first: (B, N) int32 first token of the unit's document; NEVER if the unit holds padding or
-            parts of two documents, and so never opens.
-    """
-
-    key: Tensor
-    first: Tensor
 
 
 class QueryBlocks(NamedTuple):
@@ -65,7 +68,7 @@ class QueryBlocks(NamedTuple):
             stays open to its end.
         near: (B, 1, T, W) int32, the first token of the document of each token around; OUTSIDE
             where none is, or one that the block may open.
-        near_key: (B, Hkv, T, W, D), their keys.
+        near_key: (B, Hkv, T, W, D) bfloat16, their keys.
     """
 
     begin: Tensor
@@ -81,86 +84,13 @@ class QueryBlocks(NamedTuple):
         return QueryBlocks(*(t[blocks] for t in by_block), *(t[:, :, blocks] for t in by_document))
 
 
-def unit_features(key: Tensor, config: DGAConfig) -> Tensor:
-    """Features of whole units of keys (B, Hkv, N·U, D), as `Units.key`."""
-    if config.open_by == "exact":
-        return key.bfloat16()
-    units = key.unflatten(2, (-1, config.block_size[1]))
-    middle = (1 - BOX_SHARE) * units.mean(3)
-    high = BOX_SHARE * units.amax(3) + middle
-    low = BOX_SHARE * units.amin(3) + middle
-    return torch.cat([high, low], -1).bfloat16()
-
-
-def unit_documents(first: Tensor, config: DGAConfig) -> Tensor:
-    """(B, N) `Units.first` from the documents of (B, N·U) tokens."""
-    units = first.unflatten(-1, (-1, config.block_size[1]))
-    return torch.where(units.amin(-1) == units.amax(-1), units[..., 0], NEVER)
-
-
-def far_log_mass(query: Tensor, units: Tensor, config: DGAConfig, scale: float) -> Tensor:
-    """(B, H, C, N) estimated log of Σ exp(score) over each unit's tokens, for every query.
-
-    A unit counts as one token: what is worth opening stands out of its unit. For `exact` that is
-    its best token: to sum them up takes several times as long, and a tenth less need be open then.
-    For `box` it is one somewhere between the mean key and the best corner of the box; counting
-    the box's tokens opened more and found less.
-
-    Scores are bfloat16 products, whatever the dtype of the query, and rounded to bfloat16: a few
-    per cent of a unit's mass, of which `open_mass` is a rough bound, for an eighth of the time.
-
-    Args:
-        query: (B, H, C, D).
-        units: `Units.key`.
-        config: `open_by`, `block_size`.
-        scale: of the scores.
-    """
-    rows = _rows(query, units.shape[1], scale)
-    if config.open_by == "box":
-        # q·corner = Σ max(q_d high_d, q_d low_d), the corner being the best one for this query.
-        rows = torch.cat([rows.clamp(min=0), rows.clamp(max=0)], -1)
-        far = _products(rows, units)
-    else:
-        far = best_keys(rows, by_place(units, config.block_size[1]))
-    return far.view(*query.shape[:3], far.shape[-1]).float()
-
-
-def _rows(query: Tensor, kv_heads: int, scale: float) -> Tensor:
-    """(B, G, R·C, D) bfloat16: the queries that share keys, in one matrix."""
-    batch, heads, count, head_dim = query.shape
-    shape = (batch, kv_heads, heads // kv_heads * count, head_dim)
-    return (query * scale).bfloat16().reshape(shape)
-
-
-def by_place(key: Tensor, size: int) -> Tensor:
-    """(B, G, U, N, D) bfloat16 of (B, G, N·U, D): the first keys of all units, the second, ..."""
-    number = key.shape[2] // size
-    return key.unflatten(2, (number, size)).transpose(2, 3).bfloat16().contiguous()
-
-
-def best_keys(rows: Tensor, key: Tensor) -> Tensor:
-    """(B, G, R, N) bfloat16 score of the best of each unit's keys.
-
-    Args:
-        rows: (B, G, R, D) bfloat16.
-        key: (B, G, U, N, D) bfloat16, so that the maximum runs over whole vectors of units.
-    """
-    score = _products(rows, key.flatten(2, 3))
-    return score.unflatten(-1, key.shape[2:4]).amax(-2)
-
-
-def _products(rows: Tensor, units: Tensor) -> Tensor:
-    if rows.device.type == "cpu" and not BFLOAT16_ON_CPU:
-        return (rows.float() @ units.float().mT).bfloat16()
-    return rows @ units.mT
-
-
 def near_log_mass(
     query: Tensor, around: QueryBlocks, *, config: DGAConfig, is_causal: bool, scale: float
 ) -> Tensor:
     """(B, H, T, I) log of Σ exp(score) over the tokens of each query that are too near to open.
 
-    Of the block's last document: queries of another one get a number without a meaning.
+    Of the block's last document: queries of another one get a number without a meaning. Scores are
+    bfloat16 products, as in `far_log_mass`.
 
     Args:
         query: (B, H, T·I, D), whole query blocks.
@@ -174,7 +104,7 @@ def near_log_mass(
     # No -1 among sizes: a compiler would divide to find it, in the middle of its loops.
     q_BGRTID = query.view(batch, kv_heads, rep, blocks, rows, head_dim)
     q_BGTXD = q_BGRTID.transpose(2, 3).reshape(batch, kv_heads, blocks, rep * rows, head_dim)
-    score = (q_BGTXD @ around.near_key.mT).float() * scale
+    score = products((q_BGTXD * scale).bfloat16(), around.near_key).float()
     score = score.view(batch, kv_heads, blocks, rep, rows, width)
 
     same = around.near == around.document.amax(-1, keepdim=True)  # (B, 1, T, W)
@@ -228,7 +158,7 @@ def surroundings(
     at = begin[:, None] - span + torch.arange(width, dtype=torch.int32, device=key.device)
     too_near = (at >= before[:, None] * size) & (at < after[:, None] * size)
     near = torch.where(too_near, windows(first[:, None], OUTSIDE), OUTSIDE)
-    return QueryBlocks(begin, before, after, document, near, windows(key, 0))
+    return QueryBlocks(begin, before, after, document, near, windows(key.bfloat16(), 0))
 
 
 def near_span(config: DGAConfig) -> int:
@@ -323,8 +253,9 @@ def open_table(
     units = Units(unit_features(key, config), unit_documents(docs.first, config))
     around = surroundings(key, docs.first, config=config, is_causal=is_causal)
     return in_stretches(
-        query, around, units, config=config, is_causal=is_causal, scale=scale, run=run
-    )
+        query, around, units, packed=docs.packed, config=config, is_causal=is_causal, scale=scale,
+        run=run,
+    )  # fmt: skip
 
 
 def in_stretches(
@@ -333,6 +264,7 @@ def in_stretches(
     units: Units,
     *,
     past: int = 0,
+    packed: bool,
     config: DGAConfig,
     is_causal: bool,
     scale: float,
@@ -345,6 +277,7 @@ def in_stretches(
         around: these blocks.
         units: all N that there are.
         past: tokens from the first unit's first to the first query.
+        packed: whether a row may hold several documents.
         config: the choices.
         is_causal: whether queries see only the tokens up to themselves.
         scale: of the scores.
@@ -359,14 +292,12 @@ def in_stretches(
         """Of the query blocks [first, end), and of `reach` units."""
         keys = 0 if together else reach * per_unit  # those together are weighed here
         some = Units(units.key[:, :, :keys], units.first[:, :reach])
-        inputs = torch.utils._pytree.tree_map(
-            # Copies: a slice is compiled for strides that differ from stretch to stretch.
-            lambda t: t.contiguous(),
-            (query[:, :, first * rows : end * rows], around.of(slice(first, end)), some),
+        inputs = _copied(
+            (query[:, :, first * rows : end * rows], around.of(slice(first, end)), some)
         )
         far = None
         if together:
-            alike = _rows(inputs[0], units.key.shape[1], scale)
+            alike = query_features(shared_rows(inputs[0], units.key.shape[1]), scale, config)
             best = [run(best_keys, alike, key) for key in together[: -(-reach // TOGETHER)]]
             far = torch.cat(best, -1)[..., :reach].reshape(*inputs[0].shape[:3], reach)
         made: Tensor = run(
@@ -374,8 +305,12 @@ def in_stretches(
         )
         return made
 
+    coarsens = is_causal and not all_fine(past + blocks * rows, config)
+    long = functools.partial(
+        _long, end=past + blocks * rows, packed=packed, config=config, scale=scale, run=run
+    )
     if torch.compiler.is_compiling():
-        made = table(0, blocks, count)
+        made = long(query, around, units) if coarsens else table(0, blocks, count)
         # The kernel's mask captures it, and Inductor takes the result of a `cat` as it is.
         return torch.cat([made[:, :, :1], made[:, :, 1:]], 2)
     per_query = count
@@ -383,13 +318,71 @@ def in_stretches(
         per_query = max(count, TOGETHER * size // 2)
         room = F.pad(units.key, (0, 0, 0, -count % TOGETHER * size))
         together += [by_place(some, size) for some in room.split(TOGETHER * size, 2)]
-    parts = max(min(query.shape[:3].numel() * per_query // SCORES, blocks // 2), 1)
     whole = around.begin.new_full((*query.shape[:2], blocks, count), NEVER)
-    for first, end in itertools.pairwise(i * blocks // parts for i in range(parts + 1)):
+    if coarsens:
+        assert config.coarse_beyond is not None
+        least = (config.coarse_beyond // size + 1) * size  # tokens to open from
+        blocks = min(max(-(-(least + config.window - 1 - past) // rows), 0), blocks)
+        rest = slice(blocks, None)
+        if query.shape[2] > blocks * rows:
+            whole[:, :, rest] = long(query[:, :, blocks * rows :], around.of(rest), units)
+    parts = min(query.shape[:2].numel() * blocks * rows * per_query // SCORES, blocks // 2)
+    parts = max(parts, min(blocks, 1))
+    for first, end in itertools.pairwise(i * blocks // max(parts, 1) for i in range(parts + 1)):
         # Units that no block of the stretch can open are left out, in whole multiples of few.
         reach = min(-(-(past + end * rows) // size // 16) * 16, count) if is_causal else count
         whole[:, :, first:end, :reach] = table(first, end, reach)
     return whole
+
+
+def _long(
+    query: Tensor,
+    around: QueryBlocks,
+    units: Units,
+    *,
+    end: int,
+    packed: bool,
+    config: DGAConfig,
+    scale: float,
+    run: Run,
+) -> Tensor:
+    """`in_stretches` of query blocks with a long past; in a compiler of any."""
+    (rows, size), blocks = config.block_size, around.begin.shape[0]
+    coarse, document = coarse_units(units), around.document.amax(-1)
+
+    def table(first: int, after: int, reach: int, chunks: bool) -> Tensor:
+        """Of the query blocks [first, after), and of `reach` coarse units."""
+        of = slice(first, after)
+        before, here = around.before[of], document[:, :, of]
+        some = Units(coarse.key[:, :, :reach], coarse.first[:, :reach])
+        made = columns(before, here, units.first, some, config, chunks=chunks)
+        inputs = _copied((query[:, :, first * rows : after * rows], around.of(of), units, made))
+        since = run(
+            openings, *inputs[:3], config=config, is_causal=True, scale=scale, columns=inputs[3]
+        )
+        return by_unit(since, before, here, units.first, config, chunks=chunks, packed=packed)
+
+    every = coarse.first.shape[1]
+    if torch.compiler.is_compiling() or blocks < 2 * CHUNK:
+        return table(0, blocks, every, False)
+    chunks = blocks // CHUNK
+    each = column_width(config) + every
+    parts = max(min(query.shape[:3].numel() * each // SCORES, chunks // 2), 1)
+    starts = [i * chunks // parts * CHUNK for i in range(parts)]
+    whole = around.begin.new_empty((*query.shape[:2], blocks, units.first.shape[1]))
+    for first, after in itertools.pairwise([*starts, chunks * CHUNK]):
+        # Coarse units that no block of the stretch can open are left out.
+        reach = min((end - (blocks - after) * rows) // (size * COARSE) + 2, every)
+        whole[:, :, first:after] = table(first, after, reach, True)
+    if blocks % CHUNK:  # some are made again: two chunks, for one would be compiled for itself
+        rest = 2 * CHUNK
+        whole[:, :, -rest:] = table(blocks - rest, blocks, every, True)
+    return whole
+
+
+def _copied(inputs: Any) -> Any:
+    """Copies of slices, which would be compiled for strides that differ with the stretch."""
+    return torch.utils._pytree.tree_map(lambda t: t.contiguous(), inputs)
 
 
 def openings(
@@ -401,6 +394,7 @@ def openings(
     is_causal: bool,
     scale: float,
     far: Tensor | None = None,
+    columns: Columns | None = None,
 ) -> Tensor:
     """From which query on each of these query blocks sees each unit raw.
 
@@ -412,20 +406,25 @@ def openings(
         is_causal: whether queries see only the tokens up to themselves.
         scale: of the scores.
         far: (B, H, T·I, N) from `far_log_mass`, where it is known already.
+        columns: of these blocks, where units far away are weighed together.
 
     Returns:
-        (B, H, T, N) int32, NEVER where the unit stays closed. In `prompt` scope all queries of the
-        document in a block see what it opens.
+        (B, H, T, N) int32, of columns (B, H, T, W + M), NEVER where the unit stays closed. In
+        `prompt` scope all queries of the document in a block see what it opens.
     """
     rows = config.block_size[0]
-    number = torch.arange(units.first.shape[-1], dtype=torch.int32, device=query.device)
-    far_TN = number < around.before[:, None]
-    if not is_causal:
-        far_TN = far_TN | (number >= around.after[:, None])
     document = around.document.amax(-1)
-    open_to = far_TN & (units.first[:, None, None] == document[..., None])
-    if far is None:
-        far = far_log_mass(query, units.key, config, scale)
+    if columns is not None:
+        open_to = torch.cat([columns.may, columns.may_coarse], -1)
+        far = column_log_mass(query, units.key, columns, config, scale)
+    else:
+        number = torch.arange(units.first.shape[-1], dtype=torch.int32, device=query.device)
+        far_TN = number < around.before[:, None]
+        if not is_causal:
+            far_TN = far_TN | (number >= around.after[:, None])
+        open_to = far_TN & (units.first[:, None, None] == document[..., None])
+        if far is None:
+            far = far_log_mass(query, units.key, config, scale)
     far = far.float().unflatten(2, (around.begin.shape[0], rows))
     far = far.masked_fill(_hidden(open_to)[..., None, :] < 0, -math.inf)
     near = near_log_mass(query, around, config=config, is_causal=is_causal, scale=scale)

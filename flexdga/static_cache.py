@@ -13,21 +13,13 @@ from torch import Tensor
 
 from flexdga.attention import dga_attention
 from flexdga.config import DGAConfig
+from flexdga.estimates import Units, far_log_mass, unit_documents, unit_features
 from flexdga.exact import attend_all
 from flexdga.far_units import Opened, raw_log_mass, with_opened
 from flexdga.handoff import all_slots_of_units
 from flexdga.indexing import compact, filled, take_rows
 from flexdga.int8 import pack, unpack
-from flexdga.opening import (
-    Units,
-    far_log_mass,
-    openings,
-    served,
-    surroundings,
-    unit_documents,
-    unit_features,
-    wanted,
-)
+from flexdga.opening import openings, served, surroundings, wanted
 from flexdga.plan import NEVER
 from flexdga.planner import group_slots_per_unit
 from flexdga.static_layout import Layout, State

@@ -19,9 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from flexdga.config import DGAConfig
 from flexdga.decode import LayerCache
+from flexdga.estimates import unit_documents
 from flexdga.far_units import FarUnits, Opened, with_opened
 from flexdga.handoff import without_dead
-from flexdga.opening import unit_documents
 from flexdga.parallel.collectives import all_reduce
 from flexdga.parallel.failures import watched
 from flexdga.parallel.shards import Shards, group_of

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from flexdga.attention import _run
 from flexdga.config import DGAConfig
+from flexdga.estimates import Units, unit_documents, unit_features
 from flexdga.indexing import compact
-from flexdga.opening import Units, in_stretches, surroundings, unit_documents, unit_features
+from flexdga.opening import in_stretches, surroundings
 from flexdga.parallel.collectives import all_gather, all_to_all
 from flexdga.parallel.shards import Shards
 from flexdga.parallel.surroundings import Around
@@ -93,7 +94,7 @@ def open_units(
             older = begin // config.block_size[1]  # units before the chunk's first key
             own = own._replace(before=own.before + older, after=own.after + older)
             since = in_stretches(
-                mine, own, Units(features, names), past=number * shards.size,
+                mine, own, Units(features, names), past=number * shards.size, packed=True,
                 config=config, is_causal=True, scale=scale, run=_run,
             )  # fmt: skip
             closed = since == NEVER

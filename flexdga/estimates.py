@@ -72,7 +72,7 @@ def far_log_mass(query: Tensor, units: Tensor, config: DGAConfig, scale: float) 
         config: `open_by`, `block_size`.
         scale: of the scores.
     """
-    rows = query_features(shared_rows(query, units.shape[1]), scale, config)
+    rows = in_matrices(query_features(query, scale, config), units.shape[1])
     if config.open_by == "box":
         far = products(rows, units)
     else:
@@ -80,10 +80,14 @@ def far_log_mass(query: Tensor, units: Tensor, config: DGAConfig, scale: float) 
     return far.view(*query.shape[:3], far.shape[-1]).float()
 
 
-def shared_rows(query: Tensor, kv_heads: int) -> Tensor:
-    """(B, G, R·C, D): the queries that share keys, in one matrix."""
-    batch, heads, count, head_dim = query.shape
-    return query.reshape(batch, kv_heads, heads // kv_heads * count, head_dim)
+def in_matrices(rows: Tensor, kv_heads: int) -> Tensor:
+    """(B, G, R·C, D) of (B, H, C, D): the queries that share keys, in one matrix.
+
+    It costs nothing where the rows are in memory, as what a `cat` gives is. Where Inductor would
+    compute them here, it would divide to find R and C, for every number.
+    """
+    batch, heads, count, width = rows.shape
+    return rows.reshape(batch, kv_heads, heads // kv_heads * count, width)
 
 
 def query_features(query: Tensor, scale: float, config: DGAConfig) -> Tensor:

@@ -36,9 +36,9 @@ from flexdga.estimates import (
     best_keys,
     by_place,
     far_log_mass,
+    in_matrices,
     products,
     query_features,
-    shared_rows,
     unit_documents,
     unit_features,
 )
@@ -297,7 +297,7 @@ def in_stretches(
         )
         far = None
         if together:
-            alike = query_features(shared_rows(inputs[0], units.key.shape[1]), scale, config)
+            alike = in_matrices(query_features(inputs[0], scale, config), units.key.shape[1])
             best = [run(best_keys, alike, key) for key in together[: -(-reach // TOGETHER)]]
             far = torch.cat(best, -1)[..., :reach].reshape(*inputs[0].shape[:3], reach)
         made: Tensor = run(

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
+from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 from torchao.quantization import (
     Int8DynamicActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
@@ -35,8 +36,10 @@ WEIGHTS = {
     "float32": None,
     "int8": Int8WeightOnlyConfig(),
     "int8-dynamic": Int8DynamicActivationInt8WeightConfig(),
+    "int4": PrototypeInt4WeightOnlyConfig(group_size=64),
 }
-"""int8-dynamic: activations are rounded to int8 too, row by row as they come."""
+"""int8-dynamic: activations are rounded to int8 too, row by row as they come. int4: 64 weights share
+a scale and a zero; the kernel for CPUs is torch's, and torchao 0.18 reaches it by this name."""
 WAYS = ("eager", "compiled", "exported")
 CHUNK = 64
 """Tokens that read the cache at a time."""

@@ -114,10 +114,10 @@ def test_example_quantize_eager():
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     weights, slots = (table(part.splitlines()) for part in run.stdout.split("\n\n"))
-    for name in ("int8", "int8-dynamic"):
-        assert float(weights[name][1]) < 0.6 * float(weights["float32"][1])  # MiB
-        # Weights of 8 bits are off by .3 %; random weights on random tokens lose next to nothing.
-        assert float(weights[name][2]) == pytest.approx(float(weights["float32"][2]), rel=2e-3)
+    # Weights of 8 bits are off by .3 %, of 4 by 10 %; random ones on random tokens lose little by it.
+    for name, size, most in (("int8", 0.6, 2e-3), ("int8-dynamic", 0.6, 2e-3), ("int4", 0.4, 1e-2)):
+        assert float(weights[name][1]) < size * float(weights["float32"][1])  # MiB
+        assert float(weights[name][2]) == pytest.approx(float(weights["float32"][2]), rel=most)
         assert weights[name][2] != weights["float32"][2]
     _, share, _, loss, _ = slots["int8"]
     assert 0.25 < float(share) <= 0.27

@@ -39,7 +39,9 @@ class DGALayer(CacheLayerMixin):  # type: ignore[misc]
         self, config: DGAConfig, max_length: int | None = None, int8: bool = False
     ) -> None:
         self.cache = LayerCache(config, max_length=max_length, int8=int8)
-        self.waiting: tuple[Tensor, Tensor] | None = None
+        # One or none. A list: what is stored in an attribute of such an object, Dynamo (torch 2.13)
+        # forgets once its graph has a flex_attention.
+        self.waiting: list[tuple[Tensor, Tensor]] = []
 
     def __repr__(self) -> str:
         return f"DGALayer(seen={self.cache.seen}, slots={self.cache.num_slots})"
@@ -71,7 +73,7 @@ class DGALayer(CacheLayerMixin):  # type: ignore[misc]
         """Take the keys and values (B, Hkv, Q, D) of new tokens, and give them back."""
         global _last_updated
         self._check_attended()
-        self.waiting = (key_states, value_states)
+        self.waiting.append((key_states, value_states))
         _last_updated = self
         return key_states, value_states
 
@@ -99,10 +101,9 @@ class DGALayer(CacheLayerMixin):  # type: ignore[misc]
         """The keys and values that `update` took, once."""
         global _last_updated
         _last_updated = None
-        if self.waiting is None:
+        if not self.waiting:
             raise ValueError("query: expected cache.update(key, value) before the query")
-        taken, self.waiting = self.waiting, None
-        return taken
+        return self.waiting.pop()
 
     def get_seq_length(self) -> int:
         """Tokens so far, padding included."""
@@ -119,7 +120,7 @@ class DGALayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget everything."""
-        self.waiting = None
+        self.waiting.clear()
         self.cache.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -147,7 +148,7 @@ class DGALayer(CacheLayerMixin):  # type: ignore[misc]
         raise NotImplementedError("DGACache: layers cannot be offloaded")
 
     def _check_attended(self) -> None:
-        if self.waiting is not None:
+        if self.waiting:
             raise RuntimeError(
                 "DGACache: the last keys and values were never attended to. The model must run "
                 "with flexdga's attention (flexdga.wrap(model), or attn_implementation='flexdga') "
@@ -161,7 +162,7 @@ _last_updated: DGALayer | None = None
 def layer_of(key: Tensor) -> DGALayer | None:
     """The cache layer whose `update` returned this very tensor just now."""
     layer = _last_updated
-    if layer is None or layer.waiting is None or layer.waiting[0] is not key:
+    if layer is None or not layer.waiting or layer.waiting[0][0] is not key:
         return None
     return layer
 

@@ -34,7 +34,7 @@ class StaticLayer(DGALayer):
 
     def __init__(self, layout: Layout, shared: Shared, state: State) -> None:
         self.layout, self.shared, self.state = layout, shared, state
-        self.waiting = None
+        self.waiting = []
 
     @property
     def is_initialized(self) -> bool:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from helpers import TOLERANCE, qkv, relative_error, small
@@ -9,7 +14,7 @@ from test_export_decode import CAPACITY, CONFIGS, generated, llama, tokens
 from test_planner import layout_arguments
 from torch._dynamo.utils import counters
 
-from flexdga import dga_attention, make_plan, reference
+from flexdga import DGAConfig, dga_attention, make_plan, reference
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +110,52 @@ def test_a_users_compile_serves_every_length():
     assert graphs() == 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_the_modes_of_torch_compile(mode):
+    """On CPU torch has no graphs to replay, and its products alone are tuned; numbers hold."""
+    config = DGAConfig.streaming_llm(window=32, dense_below=0)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, mode=mode)
+    for length in (150, 333):
+        inputs = qkv(1, 4, 2, length)
+        got = compiled(*inputs, config)
+        with torch.compiler.set_stance("force_eager"):
+            assert relative_error(got, layer(*inputs, config)) < TOLERANCE[torch.float32]
+    assert graphs() == 1
+
+
+OWN_AND_A_USERS = """
+import json, torch
+from torch._dynamo.utils import counters
+from flexdga import DGAConfig, dga_attention
+config = DGAConfig.streaming_llm(window=32, dense_below=0)
+query, key, value = (torch.randn(2, heads, 200, 32) for heads in (4, 2, 2))
+call = lambda query: dga_attention(query, key, value, config=config)
+with torch.no_grad():
+    call(query)
+    torch.compile(lambda query: call(query * 2) + 1, fullgraph=True, dynamic=True)(query)
+print(json.dumps([counters["inductor"], counters["aot_autograd"]]))
+"""
+
+
+@pytest.mark.slow
+def test_another_process_finds_what_was_compiled_on_disk(tmp_path):
+    """In Inductor's cache and in AOTAutograd's."""
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    seen = []
+    for _ in range(2):
+        run = subprocess.run(
+            [sys.executable, "-c", OWN_AND_A_USERS], capture_output=True, text=True, env=environment
+        )
+        assert run.returncode == 0, run.stderr
+        seen.append(json.loads(run.stdout.splitlines()[-1]))
+    (first, first_aot), (again, again_aot) = seen
+    assert "fxgraph_cache_hit" not in first and "autograd_cache_hit" not in first_aot
+    assert again["fxgraph_cache_hit"] == first["fxgraph_cache_miss"] >= 2
+    assert again_aot["autograd_cache_hit"] == first_aot["autograd_cache_saved"] >= 2
+    assert "fxgraph_cache_miss" not in again
+
+
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_prompt_and_step_are_two_graphs_for_all_lengths(backend):
     """Over tensors of fixed size, generation too; a batch of one row is compiled once more."""
@@ -112,7 +163,7 @@ def test_prompt_and_step_are_two_graphs_for_all_lengths(backend):
 
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = llama(CONFIGS["window"], layers=1)
+    model = llama(CONFIGS["window"], layers=2)  # of one, Dynamo forgets nothing
     prompt, step = (
         torch.compile(entry(model, CAPACITY), fullgraph=True, dynamic=True, backend=backend)
         for entry in (Prompt, Step)

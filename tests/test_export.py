@@ -103,8 +103,11 @@ def test_a_wrong_spelling_is_refused(text):
 def test_the_operator_passes_torchs_own_checks(config):
     """Compiled, as in use: under these checks the vmap of uncompiled flex_attention fails."""
     for lengths in (None, torch.tensor([150, 80])):
-        arguments = (*qkv(2, 4, 2, 150), None, lengths, spell(config), True, 0.2)
-        torch.library.opcheck(OPERATOR, arguments)
+        inputs = [x.requires_grad_() for x in qkv(2, 4, 2, 150)]
+        torch.library.opcheck(OPERATOR, (*inputs, None, lengths, spell(config), True, 0.2))
+        given = (torch.randn_like(inputs[0]), *(x.detach() for x in inputs))
+        backward = torch.ops.flexdga.attention_backward.default
+        torch.library.opcheck(backward, (*given, None, lengths, spell(config), True, 0.2))
 
 
 def test_the_operator_is_dga_attention_and_its_fake_kernel_knows_the_layout(eager):
@@ -118,12 +121,33 @@ def test_the_operator_is_dga_attention_and_its_fake_kernel_knows_the_layout(eage
     assert (fake.shape, fake.stride(), fake.dtype) == (got.shape, got.stride(), got.dtype)
 
 
-def test_a_backward_through_the_operator_is_refused():
-    query, key, value = qkv(2, 4, 2, 150)
-    query.requires_grad_()
-    out = OPERATOR(query, key, value, None, None, spell(DGAConfig.dense()), True, 0.2)
-    with pytest.raises(NotImplementedError, match="no backward"):
-        out.sum().backward()
+@pytest.mark.parametrize(
+    "config", [DGAConfig.dense(), small(scope="causal"), DGAConfig(scope="causal", dense_below=0)]
+)
+def test_gradients_through_the_operator_are_those_of_dga_attention(config, eager):
+    inputs = [x.requires_grad_() for x in qkv(2, 4, 2, 150)]
+    lengths, grad = torch.tensor([150, 80]), torch.randn_like(inputs[0])
+    got = OPERATOR(*inputs, None, lengths, spell(config), True, 0.2)
+    want = dga_attention(*inputs, config=config, lengths=lengths, scale=0.2)
+    assert torch.equal(got, want)
+    for x, y in zip(*(torch.autograd.grad(out, inputs, grad) for out in (got, want))):
+        assert relative_error(x, y) < FLOAT32
+
+
+def test_a_program_from_a_file_can_be_trained(tmp_path, eager):
+    layer = DGAttention(64, 4, num_kv_heads=2, config=small(scope="causal"))
+    program = torch.export.export(
+        layer, (hidden(2, 100),), dynamic_shapes=({0: BATCH, 1: LENGTH},)
+    )
+    torch.export.save(program, tmp_path / "program.pt2")
+    loaded = torch.export.load(tmp_path / "program.pt2").module()
+    x = hidden(3, 200)
+    for module in (layer, loaded):
+        module(x).square().sum().backward()
+    want, got = (dict(module.named_parameters()) for module in (layer, loaded))
+    assert set(want) == set(got) != set()
+    for name in want:
+        assert relative_error(got[name].grad, want[name].grad) < FLOAT32
 
 
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -1,8 +1,13 @@
 """Layers that repeat themselves in a program are traced and compiled once, and called.
 
 `folded` cuts a graph where modules of a list begin and end, and where tensors of the caller's are
-changed in place, and puts a call in place of each piece that occurs more than once. To a compiler a
-call is one operator without insides (`REGION`) until its own tracing is done: see `calls.py`.
+changed in place, and puts a call in place of each piece that occurs more than once. A layer that
+stores its keys before it attends becomes
+
+    call of the piece before -> write, outside of pieces -> call of the piece after
+
+and so do all layers like it, of the same two pieces. To a compiler a call is one operator without
+insides (`REGION`) until its own tracing is done: see `calls.py`.
 """
 
 from __future__ import annotations
@@ -96,18 +101,27 @@ class _UncutError(Exception):
 class _Cut:
     """Where the nodes of a graph belong.
 
-    What changes a tensor in place is outside of all pieces. A stage is a number that grows along
-    the data: nodes outside come before the pieces of their stage.
+    What changes a tensor in place is outside of all pieces. Nodes are put in order again by their
+    stages, and in a stage those outside come before its pieces. So a stage is no less than those of
+    a node's inputs, and one more
+
+    - than that of an input in a piece of another module, or in any if the node is outside,
+    - than that of a piece that reads what the node then changes,
+    - than all before, where a module begins.
+
+    Nodes of one module and one stage are a piece.
 
     Attributes:
         module: of nodes in pieces, the module of a list that they are of.
         stage: of all.
+        seen: of nodes that are, or may be, a tensor of the caller's: which, after how many changes.
+        version: how often each of these tensors was changed so far.
     """
 
     def __init__(self, graph: fx.GraphModule) -> None:
         self.module: dict[fx.Node, str] = {}
         self.stage: dict[fx.Node, int] = {}
-        self.seen: dict[fx.Node, tuple[fx.Node, int]] = {}  # of what tensor, and of which version
+        self.seen: dict[fx.Node, tuple[fx.Node, int]] = {}
         self.version: Counter[fx.Node] = Counter()
         readers: dict[fx.Node, list[fx.Node]] = {}
         stored = _stored(graph.graph)
@@ -125,6 +139,7 @@ class _Cut:
             if changes or node in stored:
                 module = ""
             elif not isinstance(node.meta.get("val"), Tensor):
+                # Sizes of what is outside are computed there: all layers share them.
                 module = module if any(x in self.module for x in inputs) else ""
             if module and module != present:
                 present, base = module, last + 1
@@ -246,7 +261,7 @@ class Piece:
         self._made: dict[str, list[Tensor]] = {}
 
     def close(self) -> None:
-        """Find arguments, results and name."""
+        """Find arguments, results and name: a hash of what is done, and to tensors of what kind."""
         mine, lines = set(self.nodes), list[str]()
         index: dict[fx.Node, _Name] = {}
         for node in self.nodes:

@@ -14,6 +14,7 @@ import torch
 from flexdga import DGAConfig
 
 from . import baselines, hardware, measure, options
+from .dispatch import dispatch
 from .errors import UsageError
 from .progress import Stages
 from .report import Report, absent_by_length, spell_range, write_json
@@ -47,6 +48,7 @@ class Options:
     repeats: int | None
     seed: int
     config: DGAConfig
+    called: DGAConfig
     json: str | None
     csv: str | None
     plot: str | None
@@ -130,7 +132,8 @@ def _check(a: argparse.Namespace) -> Options:
     return Options(
         lengths=a.lengths, dtype=options.DTYPES[a.dtype], device=options.check_device(a.device),
         threads=a.threads, shape=shape, repeats=a.repeats, seed=a.seed,
-        config=options.parse_config(a.config, dense_below=0), json=a.json, csv=a.csv,
+        config=options.parse_config(a.config, dense_below=0),
+        called=options.parse_config(a.config, dense_below=None), json=a.json, csv=a.csv,
         plot=a.plot, profile=a.profile, model=a.model, text=text, layers=a.layers or (),
     )  # fmt: skip
 
@@ -170,7 +173,7 @@ def _measure(
     def random(length: int) -> QKV:
         return random_qkv(shape, length, dtype=chosen.dtype, device=chosen.device, seed=chosen.seed)
 
-    found, missing = baselines.methods(chosen.config, random(128))
+    found, missing = baselines.methods(chosen.config, chosen.called, random(128))
     budget = BUDGET if source is None else LAYER_BUDGET
     session = Session(found, chosen.device, chosen.repeats, budget)
     rows: list[Row] = []
@@ -199,7 +202,7 @@ def _measure(
     header["GEMM peak"] = f"{peak:.0f} GFLOP/s, square matrices of {PEAK_SIZE}"
     return Report(
         header, rows, layers, compiled, missing, absent_by_length(refused),
-        roofline(rows, shape, peak),
+        roofline(rows, shape, peak), dispatch(rows, chosen.called, last.query, last.key),
     )  # fmt: skip
 
 

@@ -15,10 +15,13 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from flexdga import DGAConfig, Plan, dga_attention, make_plan
 from flexdga.block_mask import visible_blocks
+from flexdga.cost_model import dense_below
 
 from .workloads import QKV
 
 DGA = "DGA"
+DISPATCHED = "dispatched"
+"""`dga_attention` where it picks by itself, dense attention or DGA."""
 MATH_LIMIT = 2**28
 """Bytes of a float32 score matrix above which SDPA's math backend is left out."""
 
@@ -71,10 +74,15 @@ def reference(x: QKV) -> Tensor:
     )
 
 
-def methods(config: DGAConfig, sample: QKV) -> tuple[list[Method], dict[str, str]]:
+def methods(
+    config: DGAConfig, called: DGAConfig, sample: QKV
+) -> tuple[list[Method], dict[str, str]]:
     """What can run on `sample`'s device, dtype and heads, tried on it, and why the rest cannot.
 
-    `sample` should be short: what this machine may lack runs on it once.
+    Args:
+        config: of DGA.
+        called: of `dga_attention` where it picks by itself.
+        sample: should be short: what this machine may lack runs on it once.
     """
     present, missing = [], {}
     device = sample.query.device
@@ -86,8 +94,12 @@ def methods(config: DGAConfig, sample: QKV) -> tuple[list[Method], dict[str, str
             missing[method.name] = f"not here on {device.type}: {reason}"
     if device.type != "cuda":
         missing |= {"flash-attn": "needs CUDA", "flex flash": "needs CUDA"}
-    dense = Method("flex dense", _bind_flex)
-    return [*present, dense, Method(DGA, lambda x: _bind_dga(x, config))], missing
+    ours = [
+        Method("flex dense", _bind_flex),
+        Method(DGA, lambda x: _bind_dga(x, config)),
+        Method(DISPATCHED, lambda x: dataclasses.replace(_bind_dga(x, called), plan=None)),
+    ]
+    return [*present, *ours], missing
 
 
 def _trial(method: Method, sample: QKV) -> str | None:
@@ -191,7 +203,7 @@ def _bind_dga(x: QKV, config: DGAConfig) -> Bound:
         blocks = (part | whole).sum().item() / (part.shape[0] * part.shape[1])
         return _share(blocks, config.block_size, x.length)
 
-    if x.length < config.dense_below:  # exact dense attention: no plan
+    if x.length < dense_below(config, q, k):  # exact dense attention: no plan
         return Bound(call)
     return Bound(call, computed, plan)
 

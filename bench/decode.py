@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from flexdga import DGACache, DGAConfig, applied, dga_attention
+from flexdga.cost_model import dense_below
 from flexdga.exact import attend_all
 
 from . import hardware, options
@@ -141,11 +142,12 @@ def _open(chosen: Options) -> tuple[Any, Tensor]:
 
 def _compile(model: Any, chosen: Options) -> float:
     """Compile attention for the model's heads, so that no prompt waits for it."""
-    longest = chosen.lengths[-1]
-    if longest < chosen.config.dense_below:
+    query, key, _ = random_like(model, 1)
+    below = dense_below(chosen.config, query, key, decodes=True)
+    if chosen.lengths[-1] < below:
         return 0.0
     begin = time.perf_counter()
-    query, key, value = random_like(model, max(chosen.config.dense_below, 1024))
+    query, key, value = random_like(model, max(below, 1024))
     dga_attention(query, key, value, config=chosen.config, return_plan=True)
     return time.perf_counter() - begin
 

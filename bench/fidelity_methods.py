@@ -160,7 +160,7 @@ def plan_cost(config: DGAConfig, length: int) -> float:
 
     A prompt that is attended to densely costs 1.
     """
-    if config.prefill == "dense" or length < config.dense_below:
+    if config.prefill == "dense" or length < (config.dense_below or 0):
         return 1.0
     generator = torch.Generator().manual_seed(0)
     qkv = (torch.randn(1, 1, length, 16, generator=generator) for _ in range(3))

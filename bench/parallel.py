@@ -183,7 +183,8 @@ def _check(a: argparse.Namespace) -> Options:
     shape, given = given_shape(a)
     shape.check()
     options.check_outputs(a.json, None, None)
-    config = options.parse_config(a.config)
+    config = options.parse_config(a.config, dense_below=0)
+    assert config.dense_below is not None
     if a.length < config.dense_below:
         raise UsageError(
             f"--length {a.length}: expected at least dense_below ({config.dense_below}), or "

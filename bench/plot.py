@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .baselines import DISPATCHED
 from .session import Row
 
 
@@ -13,7 +14,7 @@ def save_plot(path: str, rows: Sequence[Row], title: str) -> None:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for name in dict.fromkeys(row.method for row in rows):
+    for name in dict.fromkeys(row.method for row in rows if row.method != DISPATCHED):
         own = [row for row in rows if row.method == name]
         lengths = [row.length for row in own]
         below = [row.median_ms - row.min_ms for row in own]

@@ -13,6 +13,8 @@ from typing import Any, TextIO
 
 import tabulate
 
+from .baselines import DISPATCHED
+from .dispatch import DispatchRow
 from .roofline import RooflineRow
 from .session import Compiled, LayerRow, Row
 
@@ -31,6 +33,9 @@ LEGEND = {
     "GFLOP": "arithmetic of the computed entries, 4·D each (10⁹ operations), without planning's; "
     "per second of the whole call, then (kernel) of the call without planning: compression, block "
     "mask and kernel; and what share each is of the machine's best matrix product (header).",
+    "dispatched": "dga_attention where it picks by itself (DGA: at every length, unless --config "
+    "names dense_below): DGA's speed over SDPA's, as its cost model expects it and as measured "
+    "here; what it picks; what was faster; its own time beyond that of SDPA, or DGA, alone.",
     "err": "|output - dense| / |dense| (Frobenius norms), dense being SDPA in float32.",
 }
 ON_RANDOM = (
@@ -51,6 +56,7 @@ class Report:
         missing: methods that this machine lacks, and why.
         left_out: methods left out at some lengths: (method, reason) to the lengths.
         roofline: arithmetic of the rows.
+        dispatch: what `dga_attention` picks.
     """
 
     header: dict[str, Any]
@@ -60,6 +66,7 @@ class Report:
     missing: dict[str, str]
     left_out: dict[int, dict[str, str]]
     roofline: list[RooflineRow]
+    dispatch: list[DispatchRow]
 
     def text(self, peak_source: str) -> str:
         """Header, tables and legend."""
@@ -70,7 +77,7 @@ class Report:
             parts.append(_length_table(found, of_model))
             own = [row for row in self.layers if row.length == length]
             parts.append(_layer_table(own) if own else "")
-        parts.append(_roofline_table(self.roofline))
+        parts += [_dispatch_table(self.dispatch), _roofline_table(self.roofline)]
         parts.append(self._absent())
         parts.append(_compile_table(self.compiled))
         legend = LEGEND | {"MiB": f"peak memory of a call beyond its inputs ({peak_source})."}
@@ -126,7 +133,7 @@ def _length_table(rows: Sequence[Row], of_model: bool) -> str:
 
 
 def _roofline_table(rows: Sequence[RooflineRow]) -> str:
-    shown = [row for row in rows if "math" not in row.method]
+    shown = [row for row in rows if "math" not in row.method and row.method != DISPATCHED]
     lines = [
         {
             "roofline": row.method,
@@ -140,6 +147,24 @@ def _roofline_table(rows: Sequence[RooflineRow]) -> str:
         for row in shown
     ]
     return table(lines) if lines else ""
+
+
+def _dispatch_table(rows: Sequence[DispatchRow]) -> str:
+    lines = [
+        {
+            "dispatched, L": str(row.length),
+            "expected": _ratio(row.expected),
+            "measured": _ratio(row.measured),
+            "picks": row.picks,
+            "faster": row.faster,
+            "right": "yes" if row.picks == row.faster else "no",
+            "overhead": f"{row.overhead - 1:+.1%}",
+        }
+        for row in rows
+    ]
+    if not lines:
+        return ""
+    return f"{table(lines)}\nPicked: dense below {rows[0].dense_below} tokens."
 
 
 def _layer_table(rows: Sequence[LayerRow]) -> str:

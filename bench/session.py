@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import measure
-from .baselines import DGA, Method, reference
+from .baselines import DGA, DISPATCHED, Method, reference
 from .measure import Call, FirstCall, Timing
 from .workloads import QKV
 
@@ -151,7 +151,8 @@ class Session:
     def _only_once(self, method: Method, first: FirstCall) -> bool:
         """Whether the first call has to do: a slow baseline, and nobody asked for more."""
         slow = first.seconds > measure.SLOW_SECONDS and not first.graphs
-        return slow and self.rounds is None and not method.is_sdpa and method.name != DGA
+        ours = method.name in (DGA, DISPATCHED)
+        return slow and self.rounds is None and not method.is_sdpa and not ours
 
     def rows(self, samples: Sequence[Sample]) -> list[Row]:
         """One row per method, from the samples of one length."""

@@ -32,9 +32,11 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="a text file (default Python's help topics)")
     parser.add_argument("--length", type=int, default=16384, help="tokens of it")
     parser.add_argument(
-        "--dense-below", type=int, default=flexdga.DGAConfig().dense_below,
-        help="shorter texts take exact dense attention, over everybody's keys and values",
-    )  # fmt: skip
+        "--dense-below",
+        type=int,
+        help="shorter texts take exact dense attention, over everybody's keys and values (default "
+        "those over which DGA is expected to be slower)",
+    )
     parser.add_argument("--new-tokens", type=int, default=0, help="to go on with, greedily")
     options = parser.parse_args()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +19,7 @@ from flexdga.block_mask import kinds_of_blocks, listed
 from flexdga.by_blocks import Choices
 from flexdga.checks import check_inputs, check_plan
 from flexdga.config import DGAConfig, as_constant
+from flexdga.cost_model import dense_below
 from flexdga.cpu_backward import attend_on_cpu, plan_alone, stands_apart, wants_gradient
 from flexdga.cpu_kernel import ask_for_instructions
 from flexdga.estimates import best_keys
@@ -30,6 +32,8 @@ from flexdga.planner import dense_plan, documents, plan_attention
 from flexdga.spelling import spell
 from score_mods import ScoreMod, needs_null_slot
 
+DEFAULT = DGAConfig()
+"""Made here, for a compiler cannot make one."""
 RECOMPILE_LIMIT = 64
 """Compiled variants kept for planning and for attending: one per config, dtype and head layout."""
 
@@ -77,8 +81,9 @@ def dga_attention(
     Compiles itself on first use, once for all batches, lengths and head counts of one ratio; inside
     somebody else's `torch.compile` it becomes part of their graph, and in `torch.export` one node
     of it, `torch.ops.flexdga.attention` (see `flexdga.lower`), unless a score_mod, a plan or kernel
-    options come with it. Sequences shorter than `config.dense_below` take exact dense attention.
-    Grouped-query attention is recognised by the head counts.
+    options come with it. Sequences shorter than `config.dense_below` take exact dense attention:
+    by default those over which DGA is expected to be slower. Grouped-query attention is recognised
+    by the head counts.
 
     Gradients flow to query, key and value, through focal copies and groups (their weights and
     their bias too), and to floating-point tensors that the score mod captures. What is chosen is
@@ -116,7 +121,7 @@ def dga_attention(
         NotImplementedError: on CPU, the score mod depends on a tensor that requires a gradient
             and cannot be found in it, or it comes under `torch.vmap`.
     """
-    given, config = config, _checked(config)
+    given, config = config or DEFAULT, _checked(config)
     query, key, value = _as_autocast(query, key, value)
     check_inputs(query, key, value, config, is_causal, scale, score_mod, document_ids, lengths)
     if plan is not None:
@@ -124,17 +129,19 @@ def dga_attention(
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     bare = score_mod is None and plan is None and not return_plan and not kernel_options
     if bare and torch.compiler.is_exporting():
-        text = "{}" if given is None else spell(given)
         node: Tensor = torch.ops.flexdga.attention(
-            query, key, value, document_ids, lengths, text, is_causal, scale
+            query, key, value, document_ids, lengths, spell(given), is_causal, scale
         )
         return node
     batch, _, length, _ = query.shape
+    short = plan is None and length < dense_below(given, query, key)
+    dense = plan is None and (short or config.prefill == "dense")
+    exact = dense and score_mod is None and not return_plan
+    if exact and document_ids is None and lengths is None:
+        return dense_attention(query, key, value, None, is_causal, scale)
     docs = documents(document_ids, lengths, (batch, length), query.device)
-    dense = plan is None and (length < config.dense_below or config.prefill == "dense")
-    if dense and score_mod is None and not return_plan:
-        alone = document_ids is None and lengths is None
-        return dense_attention(query, key, value, None if alone else docs, is_causal, scale)
+    if exact:
+        return dense_attention(query, key, value, docs, is_causal, scale)
     leaks = plan is None and not dense and is_causal and config.looks_ahead
     if leaks and wants_gradient(None, query, key, value):
         _warn_of_leak()
@@ -193,7 +200,7 @@ def make_plan(
 
 def _checked(config: DGAConfig | None) -> DGAConfig:
     if config is None:
-        config = DGAConfig()
+        config = DEFAULT
     elif not isinstance(config, DGAConfig):
         raise TypeError(f"config: expected a DGAConfig, got {type(config).__name__}")
     return as_constant(config) if torch.compiler.is_compiling() else config
@@ -334,7 +341,8 @@ def dense_attention(
     scale: float,
 ) -> Tensor:
     """Exact attention by SDPA."""
-    gqa = query.shape[1] != key.shape[1]
+    # Numbers: compilers take heads for symbols too, but no symbolic bool for `enable_gqa`.
+    gqa = operator.index(query.shape[1]) != operator.index(key.shape[1])
     if docs is None:
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=is_causal, scale=scale, enable_gqa=gqa

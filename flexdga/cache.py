@@ -93,9 +93,9 @@ class DGALayer(CacheLayerMixin):  # type: ignore[misc]
             query, key, value, scale=scale, score_mod=score_mod, document_ids=document_ids
         )
 
-    def counts(self) -> tuple[int, int]:
-        """Tokens so far, and columns that stand for them."""
-        return self.cache.seen, self.cache.num_slots + self.cache.num_raw
+    def counts(self) -> tuple[int, int, int]:
+        """Tokens so far, columns that stand for them, and of how many tokens all would be kept."""
+        return self.cache.seen, self.cache.num_slots + self.cache.num_raw, self.cache.below
 
     def taken(self) -> tuple[Tensor, Tensor]:
         """The keys and values that `update` took, once."""

@@ -112,10 +112,10 @@ class DGAConfig:
         align: round the end of a token's raw life up to a multiple of the query block, so that
             few blocks are partial. Off in `paper()` and `cca()`, which are exact to the letter.
         block_size: (query, key) tile of the kernel.
-        dense_below: prompts shorter than this take exact dense attention, and so does decoding
-            while the text is shorter; 0 = never. On a CPU with AVX-512 a prompt of 2048 tokens
-            is a fifth faster under DGA than under SDPA, one of 4096 twice as fast; but decoding
-            over 3072 is slower, and what is faster is not exact: so the default waits.
+        dense_below: prompts shorter than this take exact dense attention, 0 = none, and a
+            `DGACache` keeps shorter texts whole. None = where DGA is expected to overtake dense
+            attention with this config, these heads and this dtype (`flexdga.cost_model`), and for
+            a `DGACache`, whose steps gain later, 4096 at least.
 
     Raises:
         ValueError: a field is out of its range, or two fields contradict each other.
@@ -144,7 +144,7 @@ class DGAConfig:
     unit_size: int = 32
     align: bool = True
     block_size: tuple[int, int] = (32, 32)
-    dense_below: int = 4096
+    dense_below: int | None = None
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -153,15 +153,11 @@ class DGAConfig:
             ("sinks", 0, None),
             ("probes", 1, None),
             ("unit_size", 1, None),
-            ("dense_below", 0, None),
         ):
             self._check_int(name, getattr(self, name), low, high)
-        if self.focal_budget is not None:
-            self._check_int("focal_budget", self.focal_budget, 0, None)
-        if self.open_units is not None:
-            self._check_int("open_units", self.open_units, 0, None)
-        if self.coarse_beyond is not None:
-            self._check_int("coarse_beyond", self.coarse_beyond, 0, None)
+        for name in ("focal_budget", "open_units", "coarse_beyond", "dense_below"):
+            if getattr(self, name) is not None:
+                self._check_int(name, getattr(self, name), 0, None)
         self._check_share("focal_ratio", self.focal_ratio, 1.0, "[0, 1]")
         self._check_share("open_mass", self.open_mass, math.nextafter(1.0, 0.0), "[0, 1)")
         if not isinstance(self.align, bool):

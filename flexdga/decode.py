@@ -17,6 +17,7 @@ from torch import Tensor
 from flexdga.attention import dga_attention, make_plan
 from flexdga.checks import check_step
 from flexdga.config import DGAConfig
+from flexdga.cost_model import dense_below
 from flexdga.exact import attend_all
 from flexdga.far_units import FarUnits, raw_log_mass
 from flexdga.handoff import (
@@ -105,6 +106,8 @@ class LayerCache:
         self._far: FarUnits | None = None  # raw tokens to open again
         if self.config.opens and self.config.keep_raw != "none" and not self._forever_dense:
             self._far = self._far_units()
+        self.below = 0
+        """Shorter texts stay whole; known with the first tokens."""
         self._doc_first: Tensor  # (B, 1) int32, where each row's document begins
         self._pooled_at = -1  # the newest query at which something was pooled
         self._history: list[tuple[Saved, int, int]] = []  # before it: the rest, done, _pooled_at
@@ -218,7 +221,7 @@ class LayerCache:
             saved, self.done, self._pooled_at = self._history.pop()
             self._buffer.restore(saved)
             self.seen = self.done + self._buffer.live
-        gone = left < self.config.dense_below and self._whole is None and not self._forever_dense
+        gone = left < self.below and self._whole is None and not self._forever_dense
         if self._pooled_at >= left or left < self.done or left < 1 or gone:
             raise ValueError(
                 f"remove: tokens up to {max(self._pooled_at, 0)} are pooled for good (set "
@@ -249,8 +252,8 @@ class LayerCache:
         if real is not None:
             begun = self._doc_first < time
             self._doc_first = torch.where(begun, self._doc_first, time + first_real(real))
-        # Cropping may take the text below `dense_below` again.
-        if time + 1 >= self.config.dense_below + (HELD if self.record_past else 0):
+        # Cropping may make the text short again.
+        if time + 1 >= self.below + (HELD if self.record_past else 0):
             self._keep_far()
             self._whole = None
         for buffer in (self._buffer, self._whole):
@@ -304,7 +307,7 @@ class LayerCache:
     def _seen_now(self, length: int) -> SlotBuffer:
         """What the last query of a text of that length attends to."""
         assert self._buffer is not None
-        if self._whole is not None and length < self.config.dense_below:
+        if self._whole is not None and length < self.below:
             return self._whole
         return self._buffer
 
@@ -320,21 +323,20 @@ class LayerCache:
         ids: Tensor | None,
     ) -> Tensor:
         length = key.shape[2]
-        real = self._begin(ids, (key.shape[0], length), key.device)
+        real = self._begin(ids, query, key, length)
         plan = None
-        whole = length < self.config.dense_below
-        if whole or self.config.prefill == "dense":
+        config = dataclasses.replace(self.config, dense_below=self.below)
+        whole = length < self.below
+        if whole or config.prefill == "dense":
             out = dga_attention(
-                query, key, value, config=self.config, scale=scale, score_mod=score_mod,
+                query, key, value, config=config, scale=scale, score_mod=score_mod,
                 document_ids=ids,
             )  # fmt: skip
             if not whole:
-                plan = make_plan(
-                    query, key, value, config=self.config, scale=scale, document_ids=ids
-                )
+                plan = make_plan(query, key, value, config=config, scale=scale, document_ids=ids)
         else:
             out, plan = dga_attention(
-                query, key, value, config=self.config, scale=scale, score_mod=score_mod,
+                query, key, value, config=config, scale=scale, score_mod=score_mod,
                 document_ids=ids, return_plan=True,
             )  # fmt: skip
         raw = real[:, None].expand(key.shape[:3])
@@ -358,9 +360,10 @@ class LayerCache:
         self._pool_due(length - 1, scale)
         return out
 
-    def _begin(self, ids: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor:
-        """`goes_on` of a prompt; from now on each row's document is known."""
-        real = goes_on(ids, shape, device)
+    def _begin(self, ids: Tensor | None, query: Tensor, key: Tensor, length: int) -> Tensor:
+        """`goes_on` of a prompt; from now on each row's document is known, and what is short."""
+        self.below = dense_below(self.config, query, key, decodes=True)
+        real = goes_on(ids, (key.shape[0], length), key.device)
         self._doc_first = first_real(real)
         return real
 
@@ -392,7 +395,7 @@ class LayerCache:
             )
             return
         if slots is None:
-            room = max(live + ROOM, min(ahead, config.dense_below))
+            room = max(live + ROOM, min(ahead, self.below))
             alone = origins._replace(query=origins.query[:, :, :0])
             self._whole = SlotBuffer(columns, alone, room, 0, keep_queries=False)
         slot_room = max((ahead - self.done) // config.unit_size * self._unit_slots, ROOM)
@@ -414,8 +417,8 @@ class LayerCache:
         """The first query after the next one that sees otherwise than the one before it."""
         if self._forever_dense:
             return NEVER
-        if self._whole is not None and self.seen < self.config.dense_below - 1:
-            return min(self._next_handover(), self.config.dense_below - 1)
+        if self._whole is not None and self.seen < self.below - 1:
+            return min(self._next_handover(), self.below - 1)
         return self._next_handover()
 
     def _next_handover(self) -> int:

@@ -41,9 +41,9 @@ class StaticLayer(DGALayer):
         """Whether it has seen a token."""
         return bool(self.state)
 
-    def counts(self) -> tuple[int, int]:
-        """Room for tokens, and the columns that stand for them."""
-        return self.layout.capacity, self.layout.ring + self.layout.slots
+    def counts(self) -> tuple[int, int, int]:
+        """Room for tokens, the columns that stand for them, and no length that would be short."""
+        return self.layout.capacity, self.layout.ring + self.layout.slots, 0
 
     def get_seq_length(self) -> int:
         """Not known to Python: positions are given to the model."""

@@ -22,6 +22,7 @@ import score_mods
 from flexdga.attention import dga_attention
 from flexdga.cache import DGALayer, layer_of
 from flexdga.config import DGAConfig
+from flexdga.cost_model import dense_below
 from flexdga.exact import attend_all
 from flexdga.report import LayerReport, about_slots
 from score_mods import ScoreMod
@@ -149,7 +150,7 @@ def attention(
             document_ids=attention_mask,
         )  # fmt: skip
     if not torch.compiler.is_compiling():
-        _count(own, key.shape[2], layer)
+        _count(own, query, key, layer)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -183,16 +184,17 @@ def sharded_masks(on: bool) -> None:
 _sharded = [False]
 
 
-def _count(own: Settings, length: int, layer: DGALayer | None) -> None:
+def _count(own: Settings, query: Tensor, key: Tensor, layer: DGALayer | None) -> None:
     row = own.row
     if not row.wrapped:  # exact by its configuration
         row.passed += 1
         return
     row.replaced += 1
     if layer is None:
-        row.tokens, row.slots = length, about_slots(own.config, length)
+        row.tokens, row.dense_below = key.shape[2], dense_below(own.config, query, key)
+        row.slots = about_slots(own.config, row.tokens, row.dense_below)
     else:
-        row.tokens, row.slots = layer.counts()
+        row.tokens, row.slots, row.dense_below = layer.counts()
 
 
 def _score_mod(own: Settings, softcap: float | None, s_aux: Tensor | None) -> ScoreMod | None:

@@ -30,6 +30,7 @@ import flexdga.operator  # noqa: F401  (registers the operator)
 from flexdga.attention import dense_attention
 from flexdga.block_mask import block_mask
 from flexdga.config import DGAConfig
+from flexdga.cost_model import dense_below
 from flexdga.indexing import filled
 from flexdga.kernel import attend
 from flexdga.opening import open_table
@@ -109,7 +110,7 @@ class _Lowering:
         docs = documents(document_ids, lengths, (batch, length), query.device)
         alone = document_ids is None and lengths is None
         with torch.no_grad():
-            if self.is_dense(chosen, length):
+            if self.is_dense(chosen, query, key):
                 out = dense_attention(query, key, value, None if alone else docs, is_causal, scale)
                 return out.contiguous()
             step = chosen.step
@@ -127,9 +128,9 @@ class _Lowering:
                 )  # fmt: skip
             return out.narrow(2, 0, length).contiguous()
 
-    def is_dense(self, config: DGAConfig, length: int) -> bool:
+    def is_dense(self, config: DGAConfig, query: Tensor, key: Tensor) -> bool:
         """Whether exact dense attention takes this place, whatever the length will be."""
-        below = config.dense_below
+        length, below = query.shape[2], dense_below(config, query, key)
         if config.prefill == "dense" or below >= NEVER or statically_known_true(length < below):
             return True
         if not self.warned and not statically_known_true(length >= below):

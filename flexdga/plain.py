@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from flexdga.attention import dga_attention
 from flexdga.checks import DTYPES
 from flexdga.config import DGAConfig, LayerRule
+from flexdga.cost_model import dense_below
 from flexdga.masks import Mask, read_mask
 from flexdga.report import LayerReport, about_slots
 
@@ -158,7 +159,14 @@ _wrappings: weakref.WeakValueDictionary[str, PlainWrapping] = weakref.WeakValueD
 # counts that it reads, and compile again when they change.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _count(
-    name: str, index: int, replaced: bool, why: str, tokens: int, slots: int, traced: bool
+    name: str,
+    index: int,
+    replaced: bool,
+    why: str,
+    tokens: int,
+    slots: int,
+    below: int,
+    traced: bool,
 ) -> None:
     rows = _wrappings[name].rows
     while len(rows) <= index:
@@ -168,7 +176,8 @@ def _count(
     before: int = getattr(row, count)
     setattr(row, count, max(before, 1) if traced else before + 1)
     if replaced:
-        row.wrapped, row.why, row.tokens, row.slots = True, why, tokens, slots
+        row.wrapped, row.why = True, why
+        row.tokens, row.slots, row.dense_below = tokens, slots, below
     elif not row.wrapped:
         row.why = why
     elif why != DECODE and why not in row.why:
@@ -262,10 +271,9 @@ class _Interceptor(TorchFunctionMode):
             )  # fmt: skip
         if torch.compiler.is_compiling():
             self.note(True, f"{job.why}, compiled")
-        elif length < job.config.dense_below:
-            self.note(True, "shorter than dense_below", length, length)
         else:
-            self.note(True, job.why, length, about_slots(job.config, length))
+            below = dense_below(job.config, q, k)
+            self.note(True, job.why, length, about_slots(job.config, length, below), below)
         return out.squeeze(1) if flat else out
 
     def job(
@@ -328,10 +336,12 @@ class _Interceptor(TorchFunctionMode):
             self.mask_read = known = (mask, stamp, read_mask(mask, *sizes))
         return known[2]
 
-    def note(self, replaced: bool, why: str, tokens: int = 0, slots: int = 0) -> None:
+    def note(
+        self, replaced: bool, why: str, tokens: int = 0, slots: int = 0, below: int = 0
+    ) -> None:
         """Count a call."""
         traced = torch.compiler.is_compiling()
-        _count(self.wrapping.name, len(self.calls), replaced, why, tokens, slots, traced)
+        _count(self.wrapping.name, len(self.calls), replaced, why, tokens, slots, below, traced)
         self.calls.append((replaced, why))
 
     def check(self) -> None:

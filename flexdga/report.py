@@ -22,6 +22,8 @@ class LayerReport:
         passed: calls that were passed on unchanged.
         tokens: keys of the last call that went through DGA.
         slots: slots that stood for them; equal to `tokens` where exact dense attention ran.
+        dense_below: tokens below which it would have run, `DGAConfig.dense_below` or what that
+            leaves to the cost model.
     """
 
     name: str
@@ -31,6 +33,7 @@ class LayerReport:
     passed: int = 0
     tokens: int = 0
     slots: int = 0
+    dense_below: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,17 +52,19 @@ class Report:
                 row.tokens or "",
                 row.slots or "",
                 f"{row.tokens / row.slots:.1f}x" if row.slots else "",
-                row.why,
+                row.dense_below or "",
+                row.why + "; too short to gain, so dense" * (row.tokens < row.dense_below),
             )
             for row in self.rows
         ]
-        headers = ["layer", "DGA", "calls", "passed", "tokens", "slots", "fewer", "why"]
+        headers = ["layer", "DGA", "calls", "passed", "tokens", "slots", "fewer", "dense below",
+                   "why"]  # fmt: skip
         return tabulate(table, headers=headers, tablefmt="simple")
 
 
-def about_slots(config: DGAConfig, tokens: int) -> int:
+def about_slots(config: DGAConfig, tokens: int, dense_below: int) -> int:
     """About how many slots the last of so many tokens sees: a figure for reports."""
-    if tokens < config.dense_below:
+    if tokens < dense_below:
         return tokens
     focal = config.focal_budget
     focal = int(tokens * config.focal_ratio) if focal is None else focal

@@ -46,7 +46,7 @@ class Layout:
 
     def __init__(self, config: DGAConfig, capacity: int) -> None:
         self.prompt, self.capacity = config, capacity
-        self.dense = config.dense_below >= NEVER
+        self.dense = (config.dense_below or 0) >= NEVER
         changes: dict[str, Any] = {"scope": "causal", "focal_budget": None}
         self.config = config = dataclasses.replace(config, **changes, probe_placement="even")
         unit, rows = config.unit_size, config.block_size[0]

@@ -16,6 +16,7 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
 from flexdga.plain import unwrap_plain, wrap_plain
+from flexdga.report import Report
 
 EXACT = small(focal_ratio=1.0)
 LOSSY = small()
@@ -300,9 +301,11 @@ def test_short_sequences_and_layers_left_dense():
     assert relative_error(model(idx), want) < TOLERANCE
     assert summary(wrapping) == [
         (False, "left dense by `layers`", 0, 1, 0),
-        (True, "shorter than dense_below", 1, 0, 200),
+        (True, "causal", 1, 0, 200),
     ]
-    assert wrapping.rows[1].slots == 200
+    assert (wrapping.rows[1].slots, wrapping.rows[1].dense_below) == (200, 300)
+    said = str(Report(wrapping.rows))
+    assert "dense below" in said and "too short to gain, so dense" in said
 
 
 # What is left behind

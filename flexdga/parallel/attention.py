@@ -20,6 +20,7 @@ from torch import Tensor
 from flexdga.attention import _as_autocast, _without_autocast
 from flexdga.checks import check_documents, check_inputs
 from flexdga.config import DGAConfig
+from flexdga.cost_model import dense_below
 from flexdga.cpu_backward import wants_gradient
 from flexdga.parallel.decoding import ShardedCache
 from flexdga.parallel.failures import watched
@@ -80,13 +81,14 @@ def parallel_attention(
         raise TypeError(f"config: expected a DGAConfig, got {type(config).__name__}")
     query, key, value = _as_autocast(query, key, value)
     check_inputs(query, key, value, config, True, scale, None, None, None)
-    _check(query, document_ids, shards, config)
+    below = dense_below(config, query, key, decodes=cache is not None)
+    _check(query, document_ids, shards, config, shards.length < below)
     _check_cache(cache, shards, config)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     with watched(shards.group, "flexdga, parallel_attention"), _without_autocast(query.device.type):
-        _agree(query, key, value, document_ids, shards, config, scale, cache)
+        _agree(query, key, value, document_ids, shards, config, scale, cache, below)
         docs = whole_documents(document_ids, query.shape[0], shards, query.device)
-        if shards.length < config.dense_below:
+        if shards.length < below:
             return _dense(query, key, value, document_ids, docs, shards, scale, cache)
         return sparse_attention(query, key, value, document_ids, docs, shards, config, scale, cache)
 
@@ -127,7 +129,9 @@ def _dense(
     return out.masked_fill((docs.after[:, at] == 0)[:, None, :, None], 0)
 
 
-def _check(query: Tensor, document_ids: Tensor | None, shards: Shards, config: DGAConfig) -> None:
+def _check(
+    query: Tensor, document_ids: Tensor | None, shards: Shards, config: DGAConfig, short: bool
+) -> None:
     if query.shape[2] != shards.local_length:
         raise ValueError(
             f"query: expected a shard of {shards.local_length} tokens (Shards.shard makes it), got "
@@ -135,7 +139,6 @@ def _check(query: Tensor, document_ids: Tensor | None, shards: Shards, config: D
         )
     if document_ids is not None:
         check_documents(document_ids, (query.shape[0], shards.length))
-    short = shards.length < config.dense_below
     if not short and config.prefill == "dense":
         raise ValueError(
             "config: prefill='dense' needs all keys and values on every rank; expected 'sparse'"
@@ -178,10 +181,12 @@ def _agree(
     config: DGAConfig,
     scale: float,
     cache: ShardedCache | None,
+    below: int,
 ) -> None:
     """Raise on every rank, the first time, if ranks do not call with the same things."""
     mine = {
         "config": spell(config),
+        "dense_below": below,
         "length": shards.length,
         "chunk": shards.size,
         "balanced": shards.balanced,

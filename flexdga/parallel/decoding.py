@@ -218,8 +218,8 @@ class ShardedCache(LayerCache):
             ids: (B, L) documents, or None.
             scale: of the scores.
         """
-        real = self._begin(ids, (key.shape[0], key.shape[2]), key.device)
         self.seen = key.shape[2]
+        real = self._begin(ids, query, key, self.seen)
         raw = real[:, None].expand(key.shape[:3])
         self._store(*self._recent(query, key, value, raw), None)
         self._pool_due(self.seen - 1, scale)
@@ -247,7 +247,7 @@ class ShardedCache(LayerCache):
             scale: of the scores.
         """
         length, size = shards.length, shards.size
-        real = self._begin(ids, (key.shape[0], length), key.device)
+        real = self._begin(ids, query, key, length)
         self.seen = length
         number = (length - 1) // size  # the chunk of the last token, whose plan knows what is raw
         begin = number * size - made.head

@@ -13,6 +13,7 @@ import torch
 from flexdga_bench import measure, options, report
 from flexdga_bench.baselines import DGA, MATH_LIMIT, Bound, Method, methods
 from flexdga_bench.cli import COMMANDS, main
+from flexdga_bench.dispatch import DispatchRow
 from flexdga_bench.errors import UsageError
 from flexdga_bench.roofline import RooflineRow
 from flexdga_bench.session import Row, Session
@@ -54,6 +55,19 @@ def check_roofline(found: list[dict[str, Any]], rows: list[dict[str, Any]]) -> N
             assert line["gflops"] <= line["kernel_gflops"]
 
 
+def check_dispatch(found: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+    assert [row["length"] for row in found] == sorted({row["length"] for row in rows})
+    for line in found:
+        here = {row["method"]: row for row in rows if row["length"] == line["length"]}
+        assert line["picks"] == "dense" and line["length"] < line["dense_below"]
+        assert here["dispatched"]["error"] < 1e-5  # as it says
+        dense_ms = min(row["median_ms"] for name, row in here.items() if "SDPA" in name)
+        assert line["measured"] == pytest.approx(dense_ms / here[DGA]["median_ms"])
+        assert line["faster"] == ("dense" if line["measured"] <= 1 else DGA)
+        assert line["overhead"] == pytest.approx(here["dispatched"]["median_ms"] / dense_ms)
+        assert 0 < line["expected"] < 1
+
+
 def check_width(text: str) -> None:
     assert [line for line in text.splitlines() if len(line) > 80] == []
 
@@ -82,6 +96,8 @@ def test_default_command_measures_and_writes_all_files(
         ]
     assert paths["png"].read_bytes().startswith(b"\x89PNG")
     check_roofline(found["roofline"], found["rows"])
+    check_dispatch(found["dispatch"], found["rows"])
+    assert "dense below" in shown and "overhead" in shown
     events = json.loads(trace.read_text())["traceEvents"]
     assert any("Torch-Compiled Region" in event["name"] for event in events)
 
@@ -93,6 +109,8 @@ def test_json_alone_on_stdout_and_dense_below_is_heard(capsys: pytest.CaptureFix
     check_width(shown.err)
     (row,) = [row for row in json.loads(shown.out)["rows"] if row["method"] == DGA]
     assert row["error"] < 1e-5 and row["computed"] == 1 and row["planner_ms"] is None
+    (line,) = json.loads(shown.out)["dispatch"]
+    assert (line["dense_below"], line["picks"]) == (1024, "dense")
 
 
 @pytest.mark.parametrize(
@@ -208,7 +226,9 @@ def test_peak_memory_counts_what_a_call_holds_at_once() -> None:
 
 
 def test_math_backend_is_left_out_where_its_scores_do_not_fit() -> None:
-    (math_method,) = [m for m in methods(DGAConfig(), tiny(64))[0] if m.name == "SDPA math"]
+    (math_method,) = [
+        m for m in methods(DGAConfig(), DGAConfig(), tiny(64))[0] if m.name == "SDPA math"
+    ]
     large = torch.empty(1, 2, 16384, 1)
     assert MATH_LIMIT < 4 * 2 * 16384**2
     assert "MiB of scores" in str(math_method.refuses(QKV(large, large, large)))
@@ -228,9 +248,10 @@ def test_widest_numbers_fit_80_columns() -> None:
         error=1.234e-07, error_max=1.2e-07, peak_mib=98765.0,
     )  # fmt: skip
     line = RooflineRow(1048576, "SDPA flash", 123456.7, 12345.6, 1.0, 12345.6, 1.0)
-    check_width(report.Report({}, [widest], [], [], {}, {}, [line]).text(""))
+    picked = DispatchRow(1048576, 1048576, 123.45, 123.45, "dense", "dense", 1234.5)
+    check_width(report.Report({}, [widest], [], [], {}, {}, [line], [picked]).text(""))
     layer = report.LayerRow(1048576, 29, 12345.6, 0.01, 1.5, 0.1)
-    check_width(report.Report({}, [widest], [layer], [], {}, {}, []).text(""))
+    check_width(report.Report({}, [widest], [layer], [], {}, {}, [], []).text(""))
 
 
 @pytest.mark.usefixtures("eager")

@@ -33,7 +33,7 @@ def test_parallel(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("extra", "says"),
     [
-        (["--length", "100"], "dense_below"),
+        (["--length", "100", "--config", "dense_below=101"], "dense_below"),
         (["--ranks", "1"], "expected at least 2"),
         (["--speed", "0"], "--speed: expected more than 0"),
         (["--kv-heads", "3"], "expected a divisor"),

@@ -68,7 +68,8 @@ class LayerCache:
     tokens to group, and γ of 18 to keep. What was pooled stays as it is.
 
     A prompt is planned as `config.scope` says; what comes after it, in `causal` scope. While a
-    text is shorter than `config.dense_below` it is kept whole besides, and attended to densely.
+    text is shorter than `config.dense_below` (where that is None, than `dense_below` says) it is
+    kept whole besides, and attended to densely.
 
     Args:
         config: the choices.

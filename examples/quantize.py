@@ -38,8 +38,9 @@ WEIGHTS = {
     "int8-dynamic": Int8DynamicActivationInt8WeightConfig(),
     "int4": PrototypeInt4WeightOnlyConfig(group_size=64),
 }
-"""int8-dynamic: activations are rounded to int8 too, row by row as they come. int4: 64 weights share
-a scale and a zero; the kernel for CPUs is torch's, and torchao 0.18 reaches it by this name."""
+"""int8-dynamic: activations are rounded to int8 too, row by row as they come. int4: 64 weights
+share a scale and a zero; the kernel for CPUs is torch's, and torchao 0.18 reaches it by this
+name."""
 WAYS = ("eager", "compiled", "exported")
 CHUNK = 64
 """Tokens that read the cache at a time."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from flexdga.config import DGAConfig, LayerRule
-from flexdga.decode import CacheMemory, LayerCache
+from flexdga.decode import LayerCache
+from flexdga.storage import CacheMemory
 from score_mods import ScoreMod
 
 if TYPE_CHECKING:

@@ -100,8 +100,9 @@ class DGAConfig:
             themselves, as with `exact`, with a number of `open_units`, and in attention that is
             not causal.
         keep_raw: what a `DGACache` keeps of tokens that left the window, for decoding to open:
-            `full`, `int8` (per token and head), `cpu` (in host memory), or `none`, which frees
-            them, and then decoding opens nothing.
+            `full` (with `open_by="exact"` the keys in bfloat16 besides), `int8` (per token and
+            head), `cpu` (in host memory), or `none`, which frees them, and then decoding opens
+            nothing.
         prefill: `dense` attends to a prompt densely, and only what a `DGACache` keeps of it is
             compressed (SnapKV).
         scope: what a plan may look at. `prompt`: the whole prompt plans the prompt. `causal`: no

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from flexdga.checks import check_step
 from flexdga.config import DGAConfig
 from flexdga.cost_model import dense_below
 from flexdga.exact import attend_all
-from flexdga.far_units import FarUnits, raw_log_mass
+from flexdga.far_units import FarUnits, raw_scores
 from flexdga.handoff import (
     first_real,
     goes_on,
@@ -35,7 +35,7 @@ from flexdga.planner import (
     handover,
     lookahead,
 )
-from flexdga.storage import Columns, Origins, Saved, SlotBuffer
+from flexdga.storage import CacheMemory, Columns, Origins, Saved, SlotBuffer
 from score_mods import ScoreMod
 
 ROOM = 64
@@ -44,19 +44,6 @@ HISTORY = 4
 """Poolings that can be taken back while the past is recorded."""
 HELD = 64
 """Tokens at the end of a prompt that can be taken back while the past is recorded."""
-
-
-class CacheMemory(NamedTuple):
-    """Bytes of a cache, of its slots alone, and of what dense attention would keep."""
-
-    bytes: int
-    dense_bytes: int
-    slot_bytes: int = 0
-
-    @property
-    def ratio(self) -> float:
-        """The cache's share of dense."""
-        return self.bytes / max(self.dense_bytes, 1)
 
 
 class LayerCache:
@@ -182,7 +169,7 @@ class LayerCache:
                     )
                 )
             else:
-                check_step(query, key, value, document_ids, self._buffer.visible())
+                check_step(query, key, value, document_ids, self._buffer.columns)
             while at < total:  # in stretches in which no unit is handed over
                 count = min(total - at, self._next_due() - self.seen)
                 if self._far is not None:  # openings are those of one query block
@@ -277,8 +264,9 @@ class LayerCache:
         opened = None
         if self._far is not None and now is self._buffer:
             self._keep_far()
-            near = raw_log_mass(query, seen.key[:, :, : now.live], bias[..., : now.live], scale)
-            opened = self._far.open(query, near, self._doc_first, time, scale=scale)
+            near = raw_scores(query, seen.key[:, :, : now.live], bias[..., : now.live], scale)
+            slots = seen.position[..., now.raw_room :]
+            opened = self._far.open(query, near, slots, self._doc_first, time, scale=scale)
         at = None
         if score_mod is not None:
             at = torch.arange(time, time + count, dtype=torch.int32, device=key.device)

@@ -75,9 +75,12 @@ def far_log_mass(query: Tensor, units: Tensor, config: DGAConfig, scale: float) 
     rows = in_matrices(query_features(query, scale, config), units.shape[1])
     if config.open_by == "box":
         far = products(rows, units)
+    elif query.shape[2] == 1:  # keys are rows here, so that none need be moved
+        far = products(units.bfloat16(), rows).unflatten(2, (-1, config.block_size[1]))
+        far = far.amax(3).mT
     else:
         far = best_keys(rows, by_place(units, config.block_size[1]))
-    return far.view(*query.shape[:3], far.shape[-1]).float()
+    return far.reshape(*query.shape[:3], far.shape[-1]).float()
 
 
 def in_matrices(rows: Tensor, kv_heads: int) -> Tensor:
@@ -117,7 +120,8 @@ def best_keys(rows: Tensor, key: Tensor) -> Tensor:
 
 
 def products(rows: Tensor, units: Tensor) -> Tensor:
-    """bfloat16 scores (..., R, N) of (..., R, D) queries and (..., N, D) keys."""
-    if rows.device.type == "cpu" and not BFLOAT16_ON_CPU:
+    """(..., R, N) bfloat16 of bfloat16 rows and units, or of units of such numbers in float32."""
+    in_float32 = rows.device.type == "cpu" and not BFLOAT16_ON_CPU
+    if in_float32 or units.dtype == torch.float32:
         return (rows.float() @ units.float().mT).bfloat16()
     return rows @ units.mT

@@ -29,8 +29,8 @@ def attend_all(
         query: (B, H, Q, D).
         key: (B, Hkv, S, D).
         value: (B, Hkv, S, Dv).
-        bias: (B, Hkv or 1, Q or 1, S) in the dtype of the query, added to the scores; -inf hides
-            a key. Every query must see one key at least.
+        bias: (B, H or Hkv or 1, Q or 1, S) in the dtype of the query, added to the scores; -inf
+            hides a key. Every query must see one key at least.
         scale: of the scores.
         score_mod: of positions.
         query_position: (Q,) for the score mod.
@@ -45,7 +45,9 @@ def attend_all(
     if score_mod is None:
         # The query heads of a KV head become rows of one head: its keys are read once.
         rows = query.reshape(batch, kv_heads, rep * count, -1)
-        if bias.shape[2] > 1 and rep > 1:
+        if rep > 1 and bias.shape[1] == heads:
+            bias = bias.expand(-1, -1, count, -1).reshape(batch, kv_heads, rep * count, -1)
+        elif rep > 1 and bias.shape[2] > 1:
             bias = bias.unsqueeze(2).expand(-1, -1, rep, -1, -1).flatten(2, 3)
         out = F.scaled_dot_product_attention(rows, key, value, attn_mask=bias, scale=scale)
         return out.view(batch, heads, count, -1)
@@ -56,7 +58,7 @@ def attend_all(
     k, v, place = (t.repeat_interleave(rep, 1) for t in (key, value, key_position))
     score = (query @ k.mT).float() * scale
     score = _modify(score, score_mod, query_position, place)
-    score = score + (bias.repeat_interleave(rep, 1) if bias.shape[1] > 1 else bias)
+    score = score + (bias if bias.shape[1] in (1, heads) else bias.repeat_interleave(rep, 1))
     return torch.softmax(score, -1).to(v) @ v
 
 

@@ -7,37 +7,37 @@ The same rule as in a prefill (`opening.py`): a query opens the units that seem 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexdga.config import DGAConfig
-from flexdga.estimates import far_log_mass, products, unit_documents, unit_features
+from flexdga.coarse import coarse_units, first_fine
+from flexdga.config import COARSE, DGAConfig
+from flexdga.estimates import (
+    Units,
+    far_log_mass,
+    in_matrices,
+    products,
+    unit_documents,
+    unit_features,
+)
 from flexdga.exact import attend_all
-from flexdga.indexing import compact, take_units
 from flexdga.int8 import pack, unpack
-from flexdga.opening import served, wanted
+from flexdga.open_columns import (
+    OpenColumns,
+    Opened,
+    bias_with_opened,
+    opened_units,
+    positions,
+)
+from flexdga.opening import served
 from flexdga.plan import NEVER
 from flexdga.storage import GROWTH, Columns
 from score_mods import ScoreMod
 
 BLOCKS = 8
 """Query blocks whose openings are remembered, so that tokens can be taken back."""
-
-
-class Opened(NamedTuple):
-    """What new queries see of the far past.
-
-    Attributes:
-        open: (B, H, Q, N) bool, the units that each of them sees raw.
-        columns: (B, H, M·U, ...), the tokens of all that any of them sees, with the bias
-            (B, H, Q, M·U) of each query.
-    """
-
-    open: Tensor
-    columns: Columns
 
 
 class FarUnits:
@@ -52,8 +52,20 @@ class FarUnits:
         self.count = 0
         self._tables: dict[int, Tensor] = {}  # query block: (B, H, N) int32, open from this query
         self._kept: list[Tensor] = []  # keys and values, or numbers and scales of both
-        self._features: Tensor | None = None
+        self._features: Tensor | None = None  # for estimates; None: the keys that are kept
         self._first: Tensor  # (B, N) int32
+        self._columns = OpenColumns(config.block_size[1])
+        self._block: int  # the present query block, and what is open in it:
+        self._open: Tensor  # (B, H, N) bool
+        self._any: bool
+        self._last: Opened | None  # of the last query
+        self._homes: Tensor  # (B, Hkv, C) int64, the unit of each slot
+        self._hidden: Tensor | None
+        self._hidden_of: Tensor | None
+        self._coarse: Units  # of the first units, so many that they are weighed together:
+        self._least = 0
+        self._coarse_of: int  # which query block
+        self._forget_block()
 
     def add(self, key: Tensor, value: Tensor, first: Tensor) -> None:
         """Units that follow the others.
@@ -64,15 +76,25 @@ class FarUnits:
             first: (B, n·U) first token of each token's document; NEVER for padding.
         """
         first = unit_documents(first, self.config)
-        features = unit_features(key, self.config) if self.config.open_by == "box" else None
         self._keep(key, value)
+        features = self._features_of(key)
         if not self.count:
-            self._first, self._features = first.clone(), features
-        else:
-            self._first = torch.cat([self._first[:, : self.count], first], 1)
-            if features is not None and self._features is not None:
-                self._features = _append(self._features, features, self.count)
+            self._first = first[:, :0]
+            self._features = None if features is None else features[:, :, :0]
+        self._first = torch.cat([self._first[:, : self.count], first], 1)
+        if features is not None and self._features is not None:
+            each = features.shape[2] // first.shape[1]
+            self._features = _append(self._features, features, self.count * each, each)
         self.count += first.shape[1]
+        self._forget_block()
+
+    def _features_of(self, key: Tensor) -> Tensor | None:
+        """What estimates read of units, in the dtype in which few products are fast."""
+        if self.config.open_by == "box":
+            features = unit_features(key, self.config)
+            return features.float() if key.device.type == "cpu" else features
+        kept = self.config.keep_raw == "full" and key.dtype != torch.bfloat16
+        return key.bfloat16() if kept else None
 
     def _keep(self, key: Tensor, value: Tensor) -> None:
         """Keep the tokens of units that follow the others."""
@@ -80,18 +102,15 @@ class FarUnits:
 
     def _write(self, key: Tensor, value: Tensor, units: int) -> None:
         """Keep tokens behind those of the first `units` units that are kept."""
-        kept = [part for x in (key, value) for part in self._pack(x)]
-        if not units:
-            self._kept = [t.clone() for t in kept]
-        else:
-            size = self.config.block_size[1]
-            self._kept = [
-                _append(old, new, units * size, size) for old, new in zip(self._kept, kept)
-            ]
+        new = [part for x in (key, value) for part in self._pack(x)]
+        size = self.config.block_size[1]
+        old = self._kept if units else [t[:, :, :0] for t in new]
+        self._kept = [_append(t, x, units * size, size) for t, x in zip(old, new)]
 
     def begin(self, since: Tensor, block: int) -> None:
         """What a prompt's last query block, number `block`, had open: (B, H, N) int32."""
         self._tables = {block: since}
+        self._forget_block()
 
     def forget(self, length: int) -> None:
         """Take back all from token `length` on."""
@@ -100,10 +119,12 @@ class FarUnits:
             for block, since in self._tables.items()
             if block * self.config.block_size[0] < length
         }
+        self._forget_block()
 
     def cut(self, count: int) -> None:
         """Keep the oldest `count` units at most."""
         self.count = min(self.count, count)
+        self._forget_block()
 
     def select(self, rows: Tensor) -> None:
         """Keep these sequences of the batch, in this order."""
@@ -113,46 +134,123 @@ class FarUnits:
             self._first = self._first.index_select(0, rows)
         if self._features is not None:
             self._features = self._features.index_select(0, rows)
+        self._forget_block()
 
     def bytes(self) -> int:
         """Of everything that is kept, on whichever device."""
         kept = [*self._kept, *self._tables.values()]
         kept += [] if self._features is None else [self._features]
-        return sum(t.numel() * t.element_size() for t in kept)
+        return sum(t.numel() * t.element_size() for t in kept) + self._columns.bytes()
 
     def open(
-        self, query: Tensor, near: Tensor, doc_first: Tensor, time: int, *, scale: float
+        self,
+        query: Tensor,
+        near: Tensor,
+        slots: Tensor,
+        doc_first: Tensor,
+        time: int,
+        *,
+        scale: float,
     ) -> Opened | None:
         """Which units new queries of one query block see raw; None if none.
 
         Args:
             query: (B, H, Q, D).
-            near: (B, H, Q) log of Σ exp(score) over the raw tokens that the query sees.
+            near: (B, H, Q, R) `raw_scores`.
+            slots: (B, Hkv, C) int32 positions, the same ones for all queries of a block.
             doc_first: (B, 1) first token of each row's document.
             time: position of the first query.
             scale: of the scores.
         """
         if not self.count:
             return None
-        config, rows = self.config, self.config.block_size[0]
-        block = time // rows
-        far = far_log_mass(query, self._units_of_keys(query.device), config, scale)
-        mine = self._first[:, : self.count]
-        may = (mine == doc_first) & (mine != NEVER)
-        far = far.masked_fill(~may[:, None, None], -math.inf)
-        want, total = wanted(far, near, config)
-        before = self._tables.get(block)
-        already = torch.zeros_like(want[:, :, 0]) if before is None else before < NEVER
+        config, count, block = self.config, query.shape[2], time // self.config.block_size[0]
+        far = self._weighed(query, doc_first, block, scale)
+        want, total = asked(far, near, config)
+        want = self._by_unit(want, doc_first)
+        self._enter(block, want, slots)
+        already = self._open[:, :, None]
         if config.open_units is not None:
             share = torch.exp(far - total[..., None])
-            chosen = served(want, share, config.open_units, turns=True, already=already)
+            chosen = served(want, share, config.open_units, turns=True, already=self._open)
             want = want & chosen[:, :, None]
-        opened = want.cummax(2).values | already[:, :, None]
-        at = torch.arange(time, time + query.shape[2], dtype=torch.int32, device=query.device)
-        since = torch.where(want, at[:, None], NEVER).amin(2)
-        self._tables[block] = since if before is None else torch.minimum(since, before)
+        new = want > already
+        if new.any():
+            at = torch.arange(time, time + count, dtype=torch.int32, device=query.device)
+            since = self._tables[self._block][:, :, None]
+            self._tables[self._block] = torch.where(new, at[:, None], since).amin(2)
+            opens = new[:, :, 0] if count == 1 else new.any(2)
+            self._open, self._any = self._open | opens, True
+            self._columns.add(self._mine(opens), self._gather)
+        elif not self._any:
+            return None
+        elif count == 1 and self._last is not None:
+            return self._last
+        opened = self._open[:, :, None] if count == 1 else already | want.cummax(2).values
+        size = config.block_size[1]
+        now = opened_units(opened, self._columns.unit, self._homes, size, query.dtype)
+        self._last = now if count == 1 else None
+        return now
+
+    def _weighed(self, query: Tensor, doc_first: Tensor, block: int, scale: float) -> Tensor:
+        """(B, H, Q, M + N) `far_log_mass` of M coarse units and N others; -inf of hidden ones."""
+        units, config = self._features, self.config
+        if units is None:
+            units = _restored(self._kept[: len(self._kept) // 2]).to(query.device)
+        if config.coarsens and block != self._coarse_of:
+            self._coarse_of = block
+            before = max(block * config.block_size[0] - config.window + 1, 0)
+            at = torch.tensor(before // config.block_size[1], dtype=torch.int32)
+            self._least = int(first_fine(at, config))
+            old = units[:, :, : self._least].bfloat16(), self._first[:, : self._least]
+            self._coarse = coarse_units(Units(*old))
+        least, hidden = self._least, self._hidden_from(doc_first)
+        fine = units[:, :, least:] if least else units
+        far = far_log_mass(query, fine, config, scale)[..., : self.count - least]
+        if hidden is not None:
+            far = far.masked_fill(hidden[..., least:], -math.inf)
+        if not least:
+            return far
+        key, first = (t[..., : least // COARSE] for t in (self._coarse.key.mT, self._coarse.first))
+        coarse = far_log_mass(query, key.mT, config, scale)
+        coarse = coarse.masked_fill((first != doc_first)[:, None, None], -math.inf)
+        return torch.cat([coarse, far], -1)
+
+    def _by_unit(self, want: Tensor, doc_first: Tensor) -> Tensor:
+        """What is true of a coarse unit for each of its units."""
+        if not self._least:
+            return want
+        coarse, fine = want.tensor_split([self._least // COARSE], -1)
+        want = torch.cat([coarse.repeat_interleave(COARSE, -1), fine], -1)
+        hidden = self._hidden_from(doc_first)
+        return want if hidden is None else want & ~hidden
+
+    def _enter(self, block: int, want: Tensor, slots: Tensor) -> None:
+        """Begin with what a query block has open already, unless it is the present one."""
+        if block == self._block:
+            return
+        self._block, self._last = block, None
+        self._homes = slots.clamp(min=0).long() // self.config.block_size[1]
         self._tables.pop(block - BLOCKS, None)
-        return Opened(opened, self._columns(opened)) if opened[:, :, -1].any() else None
+        if block not in self._tables:
+            self._tables[block] = torch.full_like(want[:, :, 0], NEVER, dtype=torch.int32)
+        self._open = self._tables[block] < NEVER
+        self._any = bool(self._open.any())
+        self._columns.clear(self._kept[0], want.device)
+        if self._any:
+            self._columns.add(self._mine(self._open), self._gather)
+
+    def _forget_block(self) -> None:
+        """What is known of the present query block, and follows from the rest."""
+        self._block, self._hidden_of, self._coarse_of = -1, None, -1
+
+    def _hidden_from(self, doc_first: Tensor) -> Tensor | None:
+        """(B, 1, 1, N) bool, units of other documents and of padding; None where there are none."""
+        if self._hidden_of is not doc_first:
+            mine = self._first[:, : self.count]
+            hidden = ((mine != doc_first) | (mine == NEVER))[:, None, None]
+            self._hidden, self._hidden_of = hidden if hidden.any() else None, doc_first
+        return self._hidden
 
     def attend(
         self,
@@ -166,62 +264,62 @@ class FarUnits:
         score_mod: ScoreMod | None = None,
         query_position: Tensor | None = None,
     ) -> Tensor:
-        """`attend_all` to what is near (see `with_opened`) and what is open: (B, H, Q, Dv)."""
-        seen, bias = with_opened(seen, bias, opened, raw_room, self.config.unit_size)
+        """`attend_all` to what is near and what is open: (B, H, Q, Dv).
+
+        Args:
+            query: (B, H, Q, D).
+            seen: the near columns, slots from `raw_room` on.
+            bias: (B, Hkv or 1, Q or 1, S) of these.
+            opened: by these queries, and the last call of `open`.
+            raw_room: where slots begin.
+            scale: of the scores.
+            score_mod: of positions.
+            query_position: (Q,) for the score mod.
+        """
+        key, value = self._with_near(seen)
+        bias = bias_with_opened(bias, opened, raw_room)
+        at = None
+        if score_mod is not None:
+            at = torch.cat([positions(opened.unit, self.config.unit_size), seen.position], 2)
         return attend_all(
-            query, seen.key, seen.value, bias, scale=scale, score_mod=score_mod,
-            query_position=query_position, key_position=seen.position,
+            query, key, value, bias, scale=scale, score_mod=score_mod,
+            query_position=query_position, key_position=at,
         )  # fmt: skip
 
-    def _columns(self, opened: Tensor) -> Columns:
-        """Tokens of the units that are open to the last query, which are open to others or not."""
-        last = self._mine(opened[:, :, -1])
-        unit = compact(last, int(last.sum(-1).amax()))
-        seen = opened.gather(-1, _like(unit.clamp(min=0).long(), opened)) & (unit >= 0)[:, :, None]
-        half, place = len(self._kept) // 2, self._places(unit)
-        key, value = (self._unpack(part, place) for part in (self._kept[:half], self._kept[half:]))
-        hidden = ~seen.repeat_interleave(self.config.block_size[1], -1)
-        bias = torch.zeros_like(hidden, dtype=key.dtype).masked_fill(hidden, -math.inf)
-        return Columns(key, value, bias, self._tokens(unit))
+    def _with_near(self, seen: Columns) -> tuple[Tensor, Tensor]:
+        """`OpenColumns.with_near`."""
+        made = self._columns.with_near(seen)
+        if self.config.keep_raw == "int8":  # whoever asks for that wants bytes, and no copies
+            self._columns = OpenColumns(self.config.block_size[1])
+            self._forget_block()
+        return made
 
     def _mine(self, opened: Tensor) -> Tensor:
         """Those of some (..., N) bool units whose tokens are here."""
         return opened
 
-    def _places(self, unit: Tensor) -> Tensor:
-        """Where units (int32, -1 for none) stand among those that are kept."""
+    def _place(self, unit: int) -> int:
+        """Where a unit stands among those that are kept."""
         return unit
 
-    def _tokens(self, unit: Tensor) -> Tensor:
-        """(B, H, M) int32 units to (B, H, M·U) positions of their tokens; -1 for none."""
-        size = self.config.block_size[1]
-        inside = torch.arange(size, dtype=torch.int32, device=unit.device)
-        return torch.where(unit[..., None] >= 0, unit[..., None] * size + inside, -1).flatten(2)
-
-    def _units_of_keys(self, device: torch.device) -> Tensor:
-        if self._features is not None:
-            return self._features[:, :, : self.count]
-        keys = self._kept[: len(self._kept) // 2]
-        cut = [t[:, :, : self.count * self.config.block_size[1]] for t in keys]
-        return _restored(cut).to(device)
+    def _gather(self, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Keys and values (P, U, ·) of some heads (of B·Hkv) and units."""
+        size, half, device = self.config.block_size[1], len(self._kept) // 2, self._first.device
+        room = self._kept[0].shape[2] // size
+        index = torch.tensor([head * room + self._place(unit) for head, unit in pairs])
+        index = index.to(self._kept[0].device)
+        units = [t.view(-1, size, t.shape[3]).index_select(0, index) for t in self._kept]
+        key, value = (_restored(part).to(device) for part in (units[:half], units[half:]))
+        return key, value
 
     def _pack(self, x: Tensor) -> tuple[Tensor, ...]:
         if self.config.keep_raw == "int8":
             return pack(x)
         return (x.cpu() if self.config.keep_raw == "cpu" else x,)
 
-    def _unpack(self, kept: list[Tensor], unit: Tensor) -> Tensor:
-        """Units (B, H, M) of (B, Hkv, T, ·) tensors: (B, H, M·U, ·); -1 reads the first."""
-        rep = unit.shape[1] // kept[0].shape[1]
-        # A KV head's units for its query heads side by side: nothing is repeated first.
-        index = unit.unflatten(1, (-1, rep)).flatten(2).to(kept[0].device)
-        size = self.config.block_size[1]
-        rows = _restored([take_units(t, index, size) for t in kept])
-        return rows.unflatten(2, (rep, unit.shape[2] * size)).flatten(1, 2).to(unit.device)
 
-
-def raw_log_mass(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """(B, H, Q) log of Σ exp(score) over raw tokens, of bfloat16 scores as in `far_log_mass`.
+def raw_scores(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """(B, H, Q, R) float32 scores of raw tokens, of bfloat16 numbers as in `near_log_mass`.
 
     Args:
         query: (B, H, Q, D).
@@ -229,53 +327,23 @@ def raw_log_mass(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> Tens
         bias: (B, Hkv or 1, Q or 1, R); -inf hides a key.
         scale: of the scores.
     """
-    rep = query.shape[1] // key.shape[1]
-    rows = (query * scale).bfloat16().unflatten(1, (-1, rep))
-    score = products(rows, key[:, :, None].bfloat16()).float()
-    return torch.logsumexp(score + bias[:, :, None], -1).flatten(1, 2)
+    batch, heads, count, _ = query.shape
+    rows = in_matrices((query * scale).bfloat16(), key.shape[1])
+    # In float32: on CPU products of few bfloat16 rows are slow, and each new shape of them more so.
+    score = products(rows, key.bfloat16().float())
+    score = score.view(batch, key.shape[1], heads // key.shape[1], count, key.shape[2])
+    return (score + bias[:, :, None]).flatten(1, 2)
 
 
-def with_opened(
-    seen: Columns, bias: Tensor, opened: Opened, raw_room: int, size: int
-) -> tuple[Columns, Tensor]:
-    """Columns of every query head with what is open, and without the slots of that.
-
-    Args:
-        seen: (B, Hkv, S, ...), slots from column `raw_room` on.
-        bias: (B, Hkv or 1, Q or 1, S).
-        opened: for these queries.
-        raw_room: where slots begin.
-        size: tokens of a unit.
-
-    Returns:
-        (B, H, S + M·U, ...) columns and (B, H, Q, S + M·U) bias.
-    """
-    heads, count = opened.open.shape[1:3]
-    rep = heads // seen.key.shape[1]
-    key, value, position = (
-        t.repeat_interleave(rep, 1) for t in (seen.key, seen.value, seen.position)
-    )
-    bias = bias.expand(-1, seen.key.shape[1], count, -1).repeat_interleave(rep, 1)
-    home = (position[..., raw_room:].clamp(min=0) // size).long()
-    hidden = opened.open.gather(-1, _like(home, opened.open))
-    slots = bias[..., raw_room:].masked_fill(hidden, -math.inf)
-    more = opened.columns
-    columns = Columns(
-        torch.cat([key, more.key], 2),
-        torch.cat([value, more.value], 2),
-        seen.bias,
-        torch.cat([position, more.position], 2),
-    )
-    return columns, torch.cat([bias[..., :raw_room], slots, more.bias], -1)
+def asked(far: Tensor, near: Tensor, config: DGAConfig) -> tuple[Tensor, Tensor]:
+    """As `opening.wanted`, of few queries, in fewer operations; `near` are scores (..., R)."""
+    total = torch.logsumexp(torch.cat([near, far], -1), -1)
+    least = math.log(config.open_mass) if config.open_mass else -math.inf
+    return far > (total + least)[..., None], total
 
 
 def _restored(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else unpack(parts[0], parts[1], parts[1].dtype)
-
-
-def _like(index: Tensor, table: Tensor) -> Tensor:
-    """(B, H, M) to (B, H, Q, M)."""
-    return index[:, :, None].expand(-1, -1, table.shape[2], -1)
 
 
 def _append(buffer: Tensor, new: Tensor, used: int, size: int = 1) -> Tensor:

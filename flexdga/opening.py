@@ -307,7 +307,7 @@ def in_stretches(
 
     coarsens = is_causal and not all_fine(past + blocks * rows, config)
     long = functools.partial(
-        _long, end=past + blocks * rows, packed=packed, config=config, scale=scale, run=run
+        long_past, end=past + blocks * rows, packed=packed, config=config, scale=scale, run=run
     )
     if torch.compiler.is_compiling():
         made = long(query, around, units) if coarsens else table(0, blocks, count)
@@ -335,7 +335,7 @@ def in_stretches(
     return whole
 
 
-def _long(
+def long_past(
     query: Tensor,
     around: QueryBlocks,
     units: Units,
@@ -382,7 +382,7 @@ def _long(
 
 def _copied(inputs: Any) -> Any:
     """Copies of slices, which would be compiled for strides that differ with the stretch."""
-    return torch.utils._pytree.tree_map(lambda t: t.contiguous(), inputs)
+    return torch.utils._pytree.tree_map_only(Tensor, torch.Tensor.contiguous, inputs)
 
 
 def openings(

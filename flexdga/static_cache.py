@@ -6,20 +6,23 @@ It is what an exported program does in place of a `DGACache`: the same numbers, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flexdga.attention import dga_attention
+from flexdga.coarse import all_fine, by_unit, coarse_units, column_log_mass, columns
 from flexdga.config import DGAConfig
 from flexdga.estimates import Units, far_log_mass, unit_documents, unit_features
 from flexdga.exact import attend_all
-from flexdga.far_units import Opened, raw_log_mass, with_opened
+from flexdga.far_units import asked, raw_scores
 from flexdga.handoff import all_slots_of_units
 from flexdga.indexing import compact, filled, take_rows
 from flexdga.int8 import pack, unpack
-from flexdga.opening import openings, served, surroundings, wanted
+from flexdga.open_columns import Opened, bias_with_opened, opened_units, positions
+from flexdga.opening import long_past, openings, served, surroundings
 from flexdga.plan import NEVER
 from flexdga.planner import group_slots_per_unit
 from flexdga.static_layout import Layout, State
@@ -136,13 +139,12 @@ def step(
         sinks = slice(ring, ring + layout.extra)
         hidden = torch.where(done > 0, 0.0, -math.inf).to(key)
         bias = torch.cat([raw, bias[:, :, sinks] + hidden, bias[:, :, sinks.stop :]], 2)
-    position = _homes(layout, key.device).expand(*key.shape[:2], -1)
-    seen = Columns(state["key"], state["value"], bias, position)
-    bias = bias[:, :, None]
+    bias, keys, values = bias[:, :, None], state["key"], state["value"]
     if layout.opens:
-        opened = _open(query, key, value, seen, bias, state, time, layout, scale)
-        seen, bias = with_opened(seen, bias, opened, ring, config.unit_size)
-    return attend_all(query, seen.key, seen.value, bias, scale=scale)
+        opened, far_key, far_value = _open(query, key, value, bias, state, time, layout, scale)
+        bias = bias_with_opened(bias, opened, ring)
+        keys, values = torch.cat([far_key, keys], 2), torch.cat([far_value, values], 2)
+    return attend_all(query, keys, values, bias, scale=scale)
 
 
 def _whole(x: Tensor, layout: Layout) -> Tensor:
@@ -158,13 +160,11 @@ def _write(buffer: Tensor, index: Tensor, new: Tensor) -> None:
 
 
 def _homes(layout: Layout, device: torch.device) -> Tensor:
-    """(C,) int32 first position of the unit of each column; raw ones are not asked for it."""
-    size = layout.config.unit_size
-    column = torch.arange(layout.ring + layout.slots + layout.scrap, device=device)
-    slot = column - (layout.ring + layout.extra)
+    """(C,) the unit of each column of slots."""
+    slot = torch.arange(layout.slots + layout.scrap, device=device) - layout.extra
     unit = torch.div(slot, max(layout.per_unit, 1), rounding_mode="floor")
     inside = (slot >= 0) & (unit < (layout.count if layout.per_unit else 0))
-    return torch.where(inside, unit * size, 0).to(torch.int32)
+    return torch.where(inside, unit, 0)
 
 
 def _as_data(number: Tensor, some: Tensor) -> Tensor:
@@ -243,10 +243,14 @@ def _far(
     block = (time // rows).view(1)
     index = block * rows + torch.arange(rows, device=key.device)
     around = surroundings(key, first, config=layout.prompt, is_causal=True).of(block)
-    since = openings(
-        query.index_select(2, index), around, units,
-        config=layout.prompt, is_causal=True, scale=scale,
-    )  # fmt: skip
+    asking = query.index_select(2, index), around, units
+    if all_fine(layout.capacity, config):
+        since = openings(*asking, config=layout.prompt, is_causal=True, scale=scale)
+    else:
+        since = long_past(
+            *asking, end=layout.capacity, packed=False, config=layout.prompt, scale=scale,
+            run=_plainly,
+        )  # fmt: skip
     is_open = since[:, :, 0] < NEVER
     made["open"] = filled(is_open, 2, layout.count - is_open.shape[2], False)
     if config.open_by == "box":
@@ -255,10 +259,10 @@ def _far(
 
 
 def _open(
-    query: Tensor, key: Tensor, value: Tensor, seen: Columns, bias: Tensor, state: State,
-    time: Tensor, layout: Layout, scale: float,
-) -> Opened:  # fmt: skip
-    """Store the token among those that may be opened; which units its query opens."""
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, state: State, time: Tensor,
+    layout: Layout, scale: float,
+) -> tuple[Opened, Tensor, Tensor]:  # fmt: skip
+    """Store the token among those that may be opened; what its query opens, and its tokens."""
     config, (rows, size) = layout.config, layout.config.block_size
     for i, x in enumerate(_packed(key, value, config)):
         _write(state[f"far{i}"], time.view(1), x)
@@ -275,11 +279,24 @@ def _open(
         units = state["units"]
     else:
         units = _restored(kept[:half])
-    far = far_log_mass(query, units, config, scale)
-    may = torch.arange(layout.count, device=time.device) < done
-    far = far.masked_fill(~may, -math.inf)
-    near = raw_log_mass(query, seen.key[:, :, : layout.ring], bias[..., : layout.ring], scale)
-    want, total = wanted(far, near, config)
+    ring = layout.ring
+    near = raw_scores(query, state["key"][:, :, :ring], bias[..., :ring], scale)
+    if all_fine(layout.capacity, config):
+        far = far_log_mass(query, units, config, scale)
+        may = torch.arange(layout.count, device=time.device) < done
+        want, total = asked(far.masked_fill(~may, -math.inf), near, config)
+    else:
+        first = torch.zeros(query.shape[0], layout.count, dtype=torch.int32, device=time.device)
+        before, document = done.view(1).to(torch.int32), first[:, None, :1]
+        made = columns(
+            before, document, first, coarse_units(Units(units, first)), config, chunks=False
+        )
+        far = column_log_mass(query, units, made, config, scale)
+        may = torch.cat([made.may, made.may_coarse], -1)
+        want, total = asked(far.masked_fill(~may, -math.inf), near, config)
+        since = torch.where(want, 0, NEVER)
+        since = by_unit(since, before, document, first, config, chunks=False, packed=False)
+        want = since < NEVER
     already = state["open"] & (time % rows != 0)
     if config.open_units is not None:
         share = torch.exp(far - total[..., None])
@@ -287,21 +304,23 @@ def _open(
         want = want & chosen[:, :, None]
     is_open = want[:, :, 0] | already
     state["open"].copy_(is_open)
+    needed = is_open.unflatten(1, (key.shape[1], -1)).any(2)
     # Two at least: compilers take sizes of 1 for constants.
-    most: Any = is_open.sum(-1).amax().clamp(min=2).item()
+    most: Any = needed.sum(-1).amax().clamp(min=2).item()
     torch._check(most >= 2)
     torch._check(most <= layout.count)
-    unit = compact(is_open, most)
-    position = unit[..., None] * size + torch.arange(size, dtype=torch.int32, device=unit.device)
-    position = torch.where(unit[..., None] >= 0, position, -1).flatten(2)
-    rep = query.shape[1] // key.shape[1]
-    index = position.unflatten(1, (-1, rep))
+    unit = compact(needed, most)
+    index = positions(unit, size)
     key, value = (
-        _restored([take_rows(x, index) for x in part]).flatten(1, 2)
-        for part in (kept[:half], kept[half:])
+        _restored([take_rows(x, index) for x in part]) for part in (kept[:half], kept[half:])
     )
-    hidden = torch.where(position >= 0, 0.0, -math.inf).to(key)[:, :, None]
-    return Opened(is_open[:, :, None], Columns(key, value, hidden, position))
+    homes = _homes(layout, key.device).expand(*key.shape[:2], -1)
+    opened = opened_units(is_open[:, :, None], unit.long(), homes, size, query.dtype)
+    return opened, key, value
+
+
+def _plainly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
 
 
 def _packed(key: Tensor, value: Tensor, config: DGAConfig) -> list[Tensor]:

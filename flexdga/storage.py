@@ -55,6 +55,19 @@ class Saved(NamedTuple):
     num_slots: int
 
 
+class CacheMemory(NamedTuple):
+    """Bytes of a cache, of its slots alone, and of what dense attention would keep."""
+
+    bytes: int
+    dense_bytes: int
+    slot_bytes: int = 0
+
+    @property
+    def ratio(self) -> float:
+        """The cache's share of dense."""
+        return self.bytes / max(self.dense_bytes, 1)
+
+
 class SlotBuffer:
     """Raw columns [0, live), room up to `raw_room`, then slots, then room for more of them.
 
@@ -92,6 +105,11 @@ class SlotBuffer:
     def batch_size(self) -> int:
         """Sequences."""
         return self._columns.key.shape[0]
+
+    @property
+    def columns(self) -> Columns:
+        """All of them, those that hold nothing too."""
+        return self._columns
 
     def visible(self) -> Columns:
         """What a query sees; `bias` hides the empty columns among it."""
@@ -146,8 +164,11 @@ class SlotBuffer:
         columns.key.copy_(key)
         columns.value.copy_(value)
         columns.bias.zero_()
-        places = torch.arange(position, position + count, dtype=torch.int32, device=key.device)
-        columns.position.copy_(places)
+        if count == 1:
+            columns.position.fill_(position)
+        else:
+            places = torch.arange(position, position + count, dtype=torch.int32, device=key.device)
+            columns.position.copy_(places)
         origins.first[:, :, new] = first[:, None]
         if self.keep_queries:
             origins.query[:, :, new] = query

@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 
 import score_mods
 from flexdga import DGACache, DGAConfig, dga_attention, dga_decode, reference
+from flexdga.config import COARSE
 from flexdga.decode import LayerCache
+from flexdga.open_columns import OpenColumns
 from flexdga.plan import NEVER
+from flexdga.storage import Columns
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -100,6 +103,22 @@ def test_decoding_opens_what_a_causal_prefill_opens(
     want, plan = dga_attention(query, key, value, config=config, document_ids=ids, return_plan=True)
     assert (plan.open < NEVER).any()
     got = decode(LayerCache(config), (query, key, value), prompt, chunks, ids)
+    assert relative_error(got, want) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_decoding_opens_what_a_causal_prefill_opens_of_a_long_past(padded):
+    config = small(
+        **(OPENS | {"open_mass": 0.1}), window=16, rest="drop", open_units=None,
+        coarse_beyond=256, scope="causal", block_size=(32, 16),
+    )  # fmt: skip
+    query, key, value = qkv(2, 4, 2, 1000)
+    query = 2 * query
+    ids = left_padded(2, 1000, 300) if padded else None
+    want, plan = dga_attention(query, key, value, config=config, document_ids=ids, return_plan=True)
+    together = plan.open[:, :, -8:, :COARSE] < NEVER
+    assert together.any() and not together.all()
+    got = decode(LayerCache(config), (query, key, value), 470, (1, 7, 30, 3), ids)
     assert relative_error(got, want) < TOLERANCE[torch.float32]
 
 
@@ -376,3 +395,27 @@ def test_a_row_that_ends_in_padding_cannot_go_on():
     ids = torch.tensor([[0, 0, 0], [0, 0, -1]])
     with pytest.raises(ValueError, match="got row 1, which ends in padding"):
         LayerCache(small()).attend(*qkv(2, 2, 2, 3), document_ids=ids)
+
+
+def test_a_step_copies_only_what_it_is_the_first_to_open():
+    rows, copied = torch.randn(4, 10, 16, 8), []  # of B·Hkv heads, units of 16 tokens
+
+    def gather(pairs):
+        copied.append(pairs)
+        both = torch.stack([rows[head, unit] for head, unit in pairs])
+        return both, -both
+
+    columns = OpenColumns(16)
+    columns.clear(torch.empty(2, 2, 0, 8), rows.device)
+    opened = torch.zeros(2, 6, 10, dtype=torch.bool)  # three query heads of each KV head
+    opened[0, 0, 7] = opened[0, 2, 7] = opened[1, 5, 3] = True
+    columns.add(opened, gather)
+    opened[0, 1, 7] = opened[0, 0, 2] = opened[1, 5, 3] = opened[0, 3, 9] = True
+    columns.add(opened, gather)
+    assert copied == [[(0, 7), (3, 3)], [(0, 2), (1, 9)]]
+    assert columns.unit.tolist() == [[[7, 2], [9, -1]], [[-1, -1], [3, -1]]]
+    near = torch.randn(2, 2, 20, 8)
+    key, value = columns.with_near(Columns(near, near + 1, near[..., 0], near[..., 0]))
+    assert torch.equal(key[0, 0], torch.cat([rows[0, 7], rows[0, 2], near[0, 0]]))
+    assert torch.equal(key[1, 1, 16:], torch.cat([0 * rows[0, 0], near[1, 1]]))
+    assert torch.equal(value[0, 1], torch.cat([-rows[1, 9], 0 * rows[0, 0], near[0, 1] + 1]))

@@ -136,9 +136,7 @@ def test_gradients_through_the_operator_are_those_of_dga_attention(config, eager
 
 def test_a_program_from_a_file_can_be_trained(tmp_path, eager):
     layer = DGAttention(64, 4, num_kv_heads=2, config=small(scope="causal"))
-    program = torch.export.export(
-        layer, (hidden(2, 100),), dynamic_shapes=({0: BATCH, 1: LENGTH},)
-    )
+    program = torch.export.export(layer, (hidden(2, 100),), dynamic_shapes=({0: BATCH, 1: LENGTH},))
     torch.export.save(program, tmp_path / "program.pt2")
     loaded = torch.export.load(tmp_path / "program.pt2").module()
     x = hidden(3, 200)

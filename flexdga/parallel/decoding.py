@@ -20,8 +20,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from flexdga.config import DGAConfig
 from flexdga.decode import LayerCache
 from flexdga.estimates import unit_documents
-from flexdga.far_units import FarUnits, Opened, with_opened
+from flexdga.far_units import FarUnits
 from flexdga.handoff import without_dead
+from flexdga.open_columns import Opened, bias_with_opened
 from flexdga.parallel.collectives import all_reduce
 from flexdga.parallel.failures import watched
 from flexdga.parallel.shards import Shards, group_of
@@ -63,7 +64,7 @@ class ShardedUnits(FarUnits):
     def __init__(self, config: DGAConfig, group: ProcessGroup) -> None:
         super().__init__(config)
         self.group, self.rank = group, dist.get_rank(group)
-        self._place = torch.empty(0, dtype=torch.int32)  # (N,) among the tokens here, -1 elsewhere
+        self._held = torch.empty(0, dtype=torch.int32)  # (N,) among the tokens here, -1 elsewhere
 
     def receive(
         self, key: Tensor, value: Tensor, held: Tensor, features: Tensor, first: Tensor
@@ -77,15 +78,17 @@ class ShardedUnits(FarUnits):
             features: (B, Hkv, N, 2D) of all units.
             first: (B, N), as `unit_documents` has it.
         """
-        self.count, self._first, self._features = first.shape[1], first, features.contiguous()
+        self.count, self._first = first.shape[1], first
+        self._features = features.float() if key.device.type == "cpu" else features.contiguous()
+        self._forget_block()
         place = torch.full((self.count,), -1, dtype=torch.int32, device=key.device)
         place[held] = torch.arange(len(held), dtype=torch.int32, device=key.device)
-        self._place = place
+        self._held = place
         self._write(key, value, 0)
 
     def bytes(self) -> int:
         """Of everything that this rank keeps."""
-        return super().bytes() + self._place.numel() * self._place.element_size()
+        return super().bytes() + self._held.numel() * self._held.element_size()
 
     def attend(
         self,
@@ -106,9 +109,12 @@ class ShardedUnits(FarUnits):
             RankError: a rank does not answer.
         """
         assert score_mod is None
-        near = seen.key.shape[2] if self.rank else 0
-        seen, bias = with_opened(seen, bias, opened, raw_room, self.config.unit_size)
-        score = (query @ seen.key[:, :, near:].mT).float() * scale + bias[..., near:].float()
+        bias = bias_with_opened(bias, opened, raw_room)
+        key, value = self._with_near(seen)
+        end = None if not self.rank else opened.bias.shape[-1]
+        bias, key, value = bias[..., :end], key[:, :, :end], value[:, :, :end].float()
+        rows = query.reshape(*key.shape[:2], -1, key.shape[3])  # of the heads of a KV head
+        score = (rows @ key.mT).float().view(bias.shape) * scale + bias.float()
         none = score.new_full((*score.shape[:-1], 1), -math.inf)
         top = torch.cat([score, none], -1).amax(-1)
         number = torch.arange(opened.open.shape[-1], device=query.device) % PRIME + 1
@@ -123,7 +129,8 @@ class ShardedUnits(FarUnits):
                     "tokens and the same kind of device on all ranks"
                 )
             weight = torch.exp(score - top[..., None])
-            part = weight @ seen.value[:, :, near:].float()
+            part = weight.view(*rows.shape[:3], key.shape[2]) @ value
+            part = part.view(*query.shape[:3], value.shape[3])
             part = torch.cat([part, weight.sum(-1, keepdim=True)], -1)
             part = all_reduce(part, "sum", self.group, "parts of the output")
         return (part[..., :-1] / part[..., -1:]).to(query.dtype)
@@ -132,25 +139,25 @@ class ShardedUnits(FarUnits):
         size, device = self.config.block_size[1], key.device
         new = torch.arange(self.count, self.count + key.shape[2] // size, device=device)
         mine = new % dist.get_world_size(self.group) == self.rank
-        old = self._place[: self.count].to(device)
+        old = self._held[: self.count].to(device)
         held = int((old >= 0).sum())
         place = torch.where(mine, held - 1 + mine.cumsum(0), -1).int()
         key, value = (x.unflatten(2, (-1, size))[:, :, mine].flatten(2, 3) for x in (key, value))
         self._write(key, value, held)
-        self._place = torch.cat([old, place])
+        self._held = torch.cat([old, place])
 
     def _mine(self, opened: Tensor) -> Tensor:
-        return opened & (self._place[: self.count] >= 0)
+        return opened & (self._held[: self.count] >= 0)
 
-    def _places(self, unit: Tensor) -> Tensor:
-        return torch.where(unit >= 0, self._place[unit.clamp(min=0).long()], -1)
+    def _place(self, unit: int) -> int:
+        return int(self._held[unit])
 
 
 class ShardedCache(LayerCache):
     """A `LayerCache` that `parallel_attention(..., cache=...)` fills with a sharded prompt.
 
     Raw tokens that queries may open again are on one rank each. The raw window, the slots and the
-    units' features (in bfloat16 1/32 of the keys and values) are on every rank, and so is
+    units' features (on CPU in float32, 1/32 of such keys and values) are on every rank, and so is
     everything while a text is shorter than `config.dense_below`. After the prefill every rank calls
     `attend` with the same new tokens, and gets the same output.
 

@@ -26,10 +26,11 @@ from flexdga.estimates import best_keys
 from flexdga.folding import by_kv_head, in_parts
 from flexdga.indexing import filled
 from flexdga.kernel import attend, attend_slots
-from flexdga.opening import open_table, openings
+from flexdga.opening import openings
 from flexdga.plan import NEVER, Documents, Plan
 from flexdga.planner import dense_plan, documents, plan_attention
 from flexdga.spelling import spell
+from flexdga.stretches import open_table
 from score_mods import ScoreMod, needs_null_slot
 
 DEFAULT = DGAConfig()

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexdga.opening import SCORES, TOGETHER
+from flexdga.stretches import SCORES, TOGETHER
 
 if TYPE_CHECKING:
     from flexdga.config import DGAConfig

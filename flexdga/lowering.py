@@ -33,10 +33,10 @@ from flexdga.config import DGAConfig
 from flexdga.cost_model import dense_below
 from flexdga.indexing import filled
 from flexdga.kernel import attend
-from flexdga.opening import open_table
 from flexdga.plan import NEVER, Documents, Plan
 from flexdga.planner import documents, plan_attention
 from flexdga.spelling import read
+from flexdga.stretches import open_table
 
 OPERATOR = torch.ops.flexdga.attention.default
 

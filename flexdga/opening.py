@@ -10,45 +10,17 @@ N units, U tokens of a unit, T query blocks, I queries of one, W tokens near one
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from flexdga.coarse import (
-    CHUNK,
-    Columns,
-    all_fine,
-    by_unit,
-    coarse_units,
-    column_log_mass,
-    columns,
-)
-from flexdga.coarse import width as column_width
-from flexdga.config import COARSE, DGAConfig
-from flexdga.estimates import (
-    Units,
-    best_keys,
-    by_place,
-    far_log_mass,
-    in_matrices,
-    products,
-    query_features,
-    unit_documents,
-    unit_features,
-)
-from flexdga.plan import NEVER, Documents
+from flexdga.coarse import Columns, column_log_mass
+from flexdga.config import DGAConfig
+from flexdga.estimates import Units, far_log_mass, products
+from flexdga.plan import NEVER
 
-Run = Callable[..., Any]
-TOGETHER = 64
-"""Units whose keys are weighed at a time."""
-SCORES = 1 << 22
-"""Scores of units, or of keys, that are held at a time: megabytes that stay in a CPU's cache."""
 BEYOND = 60.0
 """A unit's log mass counts as at most so much more than that of all that is near: e^60 of them
 still sum up in float32, and whoever asks for a share asks for such a unit in any case."""
@@ -225,164 +197,6 @@ def served(
     rank = rank.double() - age * 2**-40
     best = rank.topk(min(count, rank.shape[-1]), dim=-1).indices
     return torch.zeros_like(rank, dtype=torch.bool).scatter(-1, best, True)
-
-
-def open_table(
-    query: Tensor,
-    key: Tensor,
-    docs: Documents,
-    *,
-    config: DGAConfig,
-    is_causal: bool,
-    scale: float,
-    run: Run,
-) -> Tensor:
-    """`openings` of a whole sequence, a stretch of queries at a time: (B, H, L / I, L / U).
-
-    Inside a compiler it is one stretch, whose scores of units take B·H·L·N numbers.
-
-    Args:
-        query: (B, H, L, D).
-        key: (B, Hkv, L, D).
-        docs: the documents.
-        config: the choices.
-        is_causal: whether queries see only the tokens up to themselves.
-        scale: of the scores.
-        run: how to call `openings`.
-    """
-    units = Units(unit_features(key, config), unit_documents(docs.first, config))
-    around = surroundings(key, docs.first, config=config, is_causal=is_causal)
-    return in_stretches(
-        query, around, units, packed=docs.packed, config=config, is_causal=is_causal, scale=scale,
-        run=run,
-    )  # fmt: skip
-
-
-def in_stretches(
-    query: Tensor,
-    around: QueryBlocks,
-    units: Units,
-    *,
-    past: int = 0,
-    packed: bool,
-    config: DGAConfig,
-    is_causal: bool,
-    scale: float,
-    run: Run,
-) -> Tensor:
-    """`openings` of query blocks that follow each other: (B, H, T, N), a stretch at a time.
-
-    Args:
-        query: (B, H, T·I, D) of the query blocks.
-        around: these blocks.
-        units: all N that there are.
-        past: tokens from the first unit's first to the first query.
-        packed: whether a row may hold several documents.
-        config: the choices.
-        is_causal: whether queries see only the tokens up to themselves.
-        scale: of the scores.
-        run: how to call `openings`.
-    """
-    rows, size = config.block_size
-    blocks, count = query.shape[2] // rows, units.first.shape[1]
-    per_unit = units.key.shape[2] // count
-    together: list[Tensor] = []  # keys, those of `TOGETHER` units in each; not in a compiler
-
-    def table(first: int, end: int, reach: int) -> Tensor:
-        """Of the query blocks [first, end), and of `reach` units."""
-        keys = 0 if together else reach * per_unit  # those together are weighed here
-        some = Units(units.key[:, :, :keys], units.first[:, :reach])
-        inputs = _copied(
-            (query[:, :, first * rows : end * rows], around.of(slice(first, end)), some)
-        )
-        far = None
-        if together:
-            alike = in_matrices(query_features(inputs[0], scale, config), units.key.shape[1])
-            best = [run(best_keys, alike, key) for key in together[: -(-reach // TOGETHER)]]
-            far = torch.cat(best, -1)[..., :reach].reshape(*inputs[0].shape[:3], reach)
-        made: Tensor = run(
-            openings, *inputs, config=config, is_causal=is_causal, scale=scale, far=far
-        )
-        return made
-
-    coarsens = is_causal and not all_fine(past + blocks * rows, config)
-    long = functools.partial(
-        long_past, end=past + blocks * rows, packed=packed, config=config, scale=scale, run=run
-    )
-    if torch.compiler.is_compiling():
-        made = long(query, around, units) if coarsens else table(0, blocks, count)
-        # The kernel's mask captures it, and Inductor takes the result of a `cat` as it is.
-        return torch.cat([made[:, :, :1], made[:, :, 1:]], 2)
-    per_query = count
-    if config.open_by == "exact":
-        per_query = max(count, TOGETHER * size // 2)
-        room = F.pad(units.key, (0, 0, 0, -count % TOGETHER * size))
-        together += [by_place(some, size) for some in room.split(TOGETHER * size, 2)]
-    whole = around.begin.new_full((*query.shape[:2], blocks, count), NEVER)
-    if coarsens:
-        assert config.coarse_beyond is not None
-        least = (config.coarse_beyond // size + 1) * size  # tokens to open from
-        blocks = min(max(-(-(least + config.window - 1 - past) // rows), 0), blocks)
-        rest = slice(blocks, None)
-        if query.shape[2] > blocks * rows:
-            whole[:, :, rest] = long(query[:, :, blocks * rows :], around.of(rest), units)
-    parts = min(query.shape[:2].numel() * blocks * rows * per_query // SCORES, blocks // 2)
-    parts = max(parts, min(blocks, 1))
-    for first, end in itertools.pairwise(i * blocks // max(parts, 1) for i in range(parts + 1)):
-        # Units that no block of the stretch can open are left out, in whole multiples of few.
-        reach = min(-(-(past + end * rows) // size // 16) * 16, count) if is_causal else count
-        whole[:, :, first:end, :reach] = table(first, end, reach)
-    return whole
-
-
-def long_past(
-    query: Tensor,
-    around: QueryBlocks,
-    units: Units,
-    *,
-    end: int,
-    packed: bool,
-    config: DGAConfig,
-    scale: float,
-    run: Run,
-) -> Tensor:
-    """`in_stretches` of query blocks with a long past; in a compiler of any."""
-    (rows, size), blocks = config.block_size, around.begin.shape[0]
-    coarse, document = coarse_units(units), around.document.amax(-1)
-
-    def table(first: int, after: int, reach: int, chunks: bool) -> Tensor:
-        """Of the query blocks [first, after), and of `reach` coarse units."""
-        of = slice(first, after)
-        before, here = around.before[of], document[:, :, of]
-        some = Units(coarse.key[:, :, :reach], coarse.first[:, :reach])
-        made = columns(before, here, units.first, some, config, chunks=chunks)
-        inputs = _copied((query[:, :, first * rows : after * rows], around.of(of), units, made))
-        since = run(
-            openings, *inputs[:3], config=config, is_causal=True, scale=scale, columns=inputs[3]
-        )
-        return by_unit(since, before, here, units.first, config, chunks=chunks, packed=packed)
-
-    every = coarse.first.shape[1]
-    if torch.compiler.is_compiling() or blocks < 2 * CHUNK:
-        return table(0, blocks, every, False)
-    chunks = blocks // CHUNK
-    each = column_width(config) + every
-    parts = max(min(query.shape[:3].numel() * each // SCORES, chunks // 2), 1)
-    starts = [i * chunks // parts * CHUNK for i in range(parts)]
-    whole = around.begin.new_empty((*query.shape[:2], blocks, units.first.shape[1]))
-    for first, after in itertools.pairwise([*starts, chunks * CHUNK]):
-        # Coarse units that no block of the stretch can open are left out.
-        reach = min((end - (blocks - after) * rows) // (size * COARSE) + 2, every)
-        whole[:, :, first:after] = table(first, after, reach, True)
-    if blocks % CHUNK:  # some are made again: two chunks, for one would be compiled for itself
-        rest = 2 * CHUNK
-        whole[:, :, -rest:] = table(blocks - rest, blocks, every, True)
-    return whole
-
-
-def _copied(inputs: Any) -> Any:
-    """Copies of slices, which would be compiled for strides that differ with the stretch."""
-    return torch.utils._pytree.tree_map_only(Tensor, torch.Tensor.contiguous, inputs)
 
 
 def openings(

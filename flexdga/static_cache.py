@@ -22,11 +22,12 @@ from flexdga.handoff import all_slots_of_units
 from flexdga.indexing import compact, filled, take_rows
 from flexdga.int8 import pack, unpack
 from flexdga.open_columns import Opened, bias_with_opened, opened_units, positions
-from flexdga.opening import long_past, openings, served, surroundings
+from flexdga.opening import openings, served, surroundings
 from flexdga.plan import NEVER
 from flexdga.planner import group_slots_per_unit
 from flexdga.static_layout import Layout, State
 from flexdga.storage import Columns, Origins
+from flexdga.stretches import long_past
 
 
 def remember(

@@ -210,7 +210,7 @@ def test_exact_estimates_are_the_same_however_many_units_are_weighed_together(
     inputs = [t.round() for t in qkv(batch=2, length=391, head_dim=16)]
     tables = []
     for together in (3, 64):
-        monkeypatch.setattr("flexdga.opening.TOGETHER", together)
+        monkeypatch.setattr("flexdga.stretches.TOGETHER", together)
         plan = make_plan(*inputs, config=config, is_causal=is_causal)
         tables.append(plan.open < NEVER)
     assert torch.equal(*tables)

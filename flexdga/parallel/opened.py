@@ -20,11 +20,12 @@ from flexdga.attention import _run
 from flexdga.config import DGAConfig
 from flexdga.estimates import Units, unit_documents, unit_features
 from flexdga.indexing import compact
-from flexdga.opening import in_stretches, surroundings
+from flexdga.opening import surroundings
 from flexdga.parallel.collectives import all_gather, all_to_all
 from flexdga.parallel.shards import Shards
 from flexdga.parallel.surroundings import Around
 from flexdga.plan import NEVER, Documents
+from flexdga.stretches import in_stretches
 
 IN_FLIGHT = 1 << 24
 """Numbers of keys and values that a rank sends to another at a time."""

@@ -12,6 +12,7 @@ Shape suffixes as in `opening.py`, and S chunks.
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from flexdga.config import COARSE, DGAConfig
 from flexdga.estimates import Units, far_log_mass, products, query_features
 from flexdga.plan import NEVER
+
+_log = logging.getLogger("flexdga")
 
 CHUNK = 8
 """Query blocks that share a window of units: products with more rows run faster."""
@@ -45,12 +48,33 @@ class Columns(NamedTuple):
 
 
 def all_fine(length: int, config: DGAConfig) -> bool:
-    """Whether causal queries among so many tokens weigh all units by themselves, for sure."""
+    """Whether causal queries among so many tokens weigh all units by themselves.
+
+    Inside compilers they do, which is said once: what Inductor (torch 2.13) makes of the other way
+    writes beyond its memory on CPU.
+    """
     if not config.coarsens:
         return True
     assert config.coarse_beyond is not None
-    fine: bool = statically_known_true(length <= config.coarse_beyond)
-    return fine
+    if torch.compiler.is_compiling():
+        if not statically_known_true(length <= config.coarse_beyond):
+            _say_fine(config.coarse_beyond)
+        return True
+    return length <= config.coarse_beyond
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _say_fine(beyond: int) -> None:
+    if "fine" in _said:
+        return
+    _said.add("fine")
+    _log.warning(
+        "flexdga: a compiled program weighs units far away one by one: of texts longer than "
+        "coarse_beyond=%d it may open others than dga_attention does outside of a compiler", beyond
+    )  # fmt: skip
+
+
+_said: set[str] = set()
 
 
 def first_fine(before: Tensor, config: DGAConfig) -> Tensor:

@@ -96,9 +96,9 @@ class DGAConfig:
             it opens what is needed and little else.
         coarse_beyond: a query with more tokens than this to open from weighs and opens units by
             themselves in the last quarter of so many, and sixteen at a time before that, by the
-            mean of their estimates, so that planning hardly grows with the length. None: always by
-            themselves, as with `exact`, with a number of `open_units`, and in attention that is
-            not causal.
+            mean of their estimates, so that planning hardly grows with the length: 8192, for
+            example. None: always by themselves, as inside compilers, with `exact`, with a number of
+            `open_units`, and in attention that is not causal.
         keep_raw: what a `DGACache` keeps of tokens that left the window, for decoding to open:
             `full` (with `open_by="exact"` the keys in bfloat16 besides), `int8` (per token and
             head), `cpu` (in host memory), or `none`, which frees them, and then decoding opens
@@ -138,7 +138,7 @@ class DGAConfig:
     open_units: int | None = None
     open_mass: float = 0.06
     open_by: OpenBy = "box"
-    coarse_beyond: int | None = 8192
+    coarse_beyond: int | None = None
     keep_raw: KeepRaw = "full"
     prefill: Prefill = "sparse"
     scope: Scope = "prompt"

@@ -6,14 +6,12 @@ It is what an exported program does in place of a `DGACache`: the same numbers, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flexdga.attention import dga_attention
-from flexdga.coarse import all_fine, by_unit, coarse_units, column_log_mass, columns
 from flexdga.config import DGAConfig
 from flexdga.estimates import Units, far_log_mass, unit_documents, unit_features
 from flexdga.exact import attend_all
@@ -27,7 +25,6 @@ from flexdga.plan import NEVER
 from flexdga.planner import group_slots_per_unit
 from flexdga.static_layout import Layout, State
 from flexdga.storage import Columns, Origins
-from flexdga.stretches import long_past
 
 
 def remember(
@@ -244,14 +241,10 @@ def _far(
     block = (time // rows).view(1)
     index = block * rows + torch.arange(rows, device=key.device)
     around = surroundings(key, first, config=layout.prompt, is_causal=True).of(block)
-    asking = query.index_select(2, index), around, units
-    if all_fine(layout.capacity, config):
-        since = openings(*asking, config=layout.prompt, is_causal=True, scale=scale)
-    else:
-        since = long_past(
-            *asking, end=layout.capacity, packed=False, config=layout.prompt, scale=scale,
-            run=_plainly,
-        )  # fmt: skip
+    since = openings(
+        query.index_select(2, index), around, units,
+        config=layout.prompt, is_causal=True, scale=scale,
+    )  # fmt: skip
     is_open = since[:, :, 0] < NEVER
     made["open"] = filled(is_open, 2, layout.count - is_open.shape[2], False)
     if config.open_by == "box":
@@ -282,22 +275,9 @@ def _open(
         units = _restored(kept[:half])
     ring = layout.ring
     near = raw_scores(query, state["key"][:, :, :ring], bias[..., :ring], scale)
-    if all_fine(layout.capacity, config):
-        far = far_log_mass(query, units, config, scale)
-        may = torch.arange(layout.count, device=time.device) < done
-        want, total = asked(far.masked_fill(~may, -math.inf), near, config)
-    else:
-        first = torch.zeros(query.shape[0], layout.count, dtype=torch.int32, device=time.device)
-        before, document = done.view(1).to(torch.int32), first[:, None, :1]
-        made = columns(
-            before, document, first, coarse_units(Units(units, first)), config, chunks=False
-        )
-        far = column_log_mass(query, units, made, config, scale)
-        may = torch.cat([made.may, made.may_coarse], -1)
-        want, total = asked(far.masked_fill(~may, -math.inf), near, config)
-        since = torch.where(want, 0, NEVER)
-        since = by_unit(since, before, document, first, config, chunks=False, packed=False)
-        want = since < NEVER
+    far = far_log_mass(query, units, config, scale)
+    may = torch.arange(layout.count, device=time.device) < done
+    want, total = asked(far.masked_fill(~may, -math.inf), near, config)
     already = state["open"] & (time % rows != 0)
     if config.open_units is not None:
         share = torch.exp(far - total[..., None])
@@ -318,10 +298,6 @@ def _open(
     homes = _homes(layout, key.device).expand(*key.shape[:2], -1)
     opened = opened_units(is_open[:, :, None], unit.long(), homes, size, query.dtype)
     return opened, key, value
-
-
-def _plainly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return function(*args, **kwargs)
 
 
 def _packed(key: Tensor, value: Tensor, config: DGAConfig) -> list[Tensor]:

@@ -7,7 +7,6 @@ Shape suffixes as in `opening.py`.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -122,12 +121,9 @@ def in_stretches(
         )
         return made
 
-    coarsens = is_causal and not all_fine(past + blocks * rows, config)
-    long = functools.partial(
-        long_past, end=past + blocks * rows, packed=packed, config=config, scale=scale, run=run
-    )
     if torch.compiler.is_compiling():
-        made = long(query, around, units) if coarsens else table(0, blocks, count)
+        all_fine(past + blocks * rows, config)  # or says that it is taken so
+        made = table(0, blocks, count)
         # The kernel's mask captures it, and Inductor takes the result of a `cat` as it is.
         return torch.cat([made[:, :, :1], made[:, :, 1:]], 2)
     per_query = count
@@ -136,13 +132,16 @@ def in_stretches(
         room = F.pad(units.key, (0, 0, 0, -count % TOGETHER * size))
         together += [by_place(some, size) for some in room.split(TOGETHER * size, 2)]
     whole = around.begin.new_full((*query.shape[:2], blocks, count), NEVER)
-    if coarsens:
+    if is_causal and not all_fine(past + blocks * rows, config):
         assert config.coarse_beyond is not None
         least = (config.coarse_beyond // size + 1) * size  # tokens to open from
         blocks = min(max(-(-(least + config.window - 1 - past) // rows), 0), blocks)
-        rest = slice(blocks, None)
         if query.shape[2] > blocks * rows:
-            whole[:, :, rest] = long(query[:, :, blocks * rows :], around.of(rest), units)
+            rest = slice(blocks, None)
+            whole[:, :, rest] = _long_past(
+                query[:, :, blocks * rows :], around.of(rest), units, end=past + query.shape[2],
+                packed=packed, config=config, scale=scale, run=run,
+            )  # fmt: skip
     parts = min(query.shape[:2].numel() * blocks * rows * per_query // SCORES, blocks // 2)
     parts = max(parts, min(blocks, 1))
     for first, end in itertools.pairwise(i * blocks // max(parts, 1) for i in range(parts + 1)):
@@ -152,7 +151,7 @@ def in_stretches(
     return whole
 
 
-def long_past(
+def _long_past(
     query: Tensor,
     around: QueryBlocks,
     units: Units,
@@ -163,7 +162,7 @@ def long_past(
     scale: float,
     run: Run,
 ) -> Tensor:
-    """`in_stretches` of query blocks with a long past; in a compiler of any."""
+    """`in_stretches` of query blocks with a long past."""
     (rows, size), blocks = config.block_size, around.begin.shape[0]
     coarse, document = coarse_units(units), around.document.amax(-1)
 
@@ -180,7 +179,7 @@ def long_past(
         return by_unit(since, before, here, units.first, config, chunks=chunks, packed=packed)
 
     every = coarse.first.shape[1]
-    if torch.compiler.is_compiling() or blocks < 2 * CHUNK:
+    if blocks < 2 * CHUNK:
         return table(0, blocks, every, False)
     chunks = blocks // CHUNK
     each = width(config) + every

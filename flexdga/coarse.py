@@ -158,7 +158,7 @@ def columns(
 def column_log_mass(
     query: Tensor, key: Tensor, columns: Columns, config: DGAConfig, scale: float
 ) -> Tensor:
-    """(B, H, T·I, W + M) `far_log_mass` of the columns, -inf for none.
+    """(B, H, T·I, W + M) `far_log_mass` of the columns, whether they may be opened or not.
 
     Args:
         query: (B, H, T·I, D), whole query blocks.

@@ -121,8 +121,8 @@ def in_stretches(
         )
         return made
 
+    coarsens = is_causal and not all_fine(past + blocks * rows, config)
     if torch.compiler.is_compiling():
-        all_fine(past + blocks * rows, config)  # or says that it is taken so
         made = table(0, blocks, count)
         # The kernel's mask captures it, and Inductor takes the result of a `cat` as it is.
         return torch.cat([made[:, :, :1], made[:, :, 1:]], 2)
@@ -132,7 +132,7 @@ def in_stretches(
         room = F.pad(units.key, (0, 0, 0, -count % TOGETHER * size))
         together += [by_place(some, size) for some in room.split(TOGETHER * size, 2)]
     whole = around.begin.new_full((*query.shape[:2], blocks, count), NEVER)
-    if is_causal and not all_fine(past + blocks * rows, config):
+    if coarsens:
         assert config.coarse_beyond is not None
         least = (config.coarse_beyond // size + 1) * size  # tokens to open from
         blocks = min(max(-(-(least + config.window - 1 - past) // rows), 0), blocks)

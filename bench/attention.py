@@ -18,7 +18,7 @@ from .dispatch import dispatch
 from .errors import UsageError
 from .progress import Stages
 from .report import Report, absent_by_length, spell_range, write_json
-from .roofline import PEAK_SIZE, gemm_peak, roofline
+from .roofline import gemm_peak, peak_size, roofline
 from .session import Compiled, LayerRow, Row, Session
 from .workloads import (
     QKV,
@@ -199,7 +199,7 @@ def _measure(
             next(m.bind(last).call for m in found if m.name == baselines.DGA), chosen.profile
         )
     header = _header(chosen, shape, source, rows, time.perf_counter() - begin)
-    header["GEMM peak"] = f"{peak:.0f} GFLOP/s, square matrices of {PEAK_SIZE}"
+    header["GEMM peak"] = f"{peak:.0f} GFLOP/s, square matrices of {peak_size(chosen.device)}"
     return Report(
         header, rows, layers, compiled, missing, absent_by_length(refused),
         roofline(rows, shape, peak), dispatch(rows, chosen.called, last.query, last.key),

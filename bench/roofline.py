@@ -11,7 +11,6 @@ from .measure import timed
 from .session import Row
 from .workloads import Shape
 
-PEAK_SIZE = 2048
 PEAK_ROUNDS = 9
 
 
@@ -40,12 +39,18 @@ class RooflineRow:
     kernel_share: float | None
 
 
+def peak_size(device: torch.device) -> int:
+    """Rows of the matrices whose product is timed: it should take a millisecond or more."""
+    return 2048 if device.type == "cpu" else 8192
+
+
 def gemm_peak(dtype: torch.dtype, device: torch.device) -> float:
     """GFLOP/s of the fastest of a few square matrix products, PyTorch's own."""
-    a, b = (torch.randn(PEAK_SIZE, PEAK_SIZE, device=device).to(dtype) for _ in range(2))
+    size = peak_size(device)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     a @ b
     best = min(timed(lambda: a @ b, device) for _ in range(PEAK_ROUNDS))
-    return 2 * PEAK_SIZE**3 / best / 1e9
+    return 2 * size**3 / best / 1e9
 
 
 def roofline(rows: Sequence[Row], shape: Shape, peak: float) -> list[RooflineRow]:

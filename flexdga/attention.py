@@ -30,7 +30,7 @@ from flexdga.opening import openings
 from flexdga.plan import NEVER, Documents, Plan
 from flexdga.planner import dense_plan, documents, plan_attention
 from flexdga.spelling import spell
-from flexdga.stretches import open_table
+from flexdga.stretches import open_table, prepared
 from score_mods import ScoreMod, needs_null_slot
 
 DEFAULT = DGAConfig()
@@ -260,8 +260,9 @@ def _plan(
     scale: float,
 ) -> Plan:
     def planner(query: Tensor, key: Tensor, value: Tensor, docs: Documents) -> Plan:
-        # Sinks and a window are a dozen small tensors: not worth the seconds of a compilation.
-        make = plan_attention if config.only_sinks else functools.partial(_run, plan_attention)
+        # Sinks and a window are a dozen small tensors: on CPU not worth a compilation's seconds.
+        small = config.only_sinks and query.device.type == "cpu"
+        make = plan_attention if small else functools.partial(_run, plan_attention)
         plan = make(query, key, value, docs, config=config, is_causal=is_causal, scale=scale)
         if not config.opens:
             return plan
@@ -291,6 +292,7 @@ _compiled: dict[Callable[..., Any], Callable[..., Any]] = {
         plan_attention,
         best_keys,
         openings,
+        prepared,
         kinds_of_blocks,
         attend,
         attend_slots,

@@ -1,15 +1,16 @@
 """From which length on DGA is expected to be faster than dense attention: counts of work, weighed.
 
-The unit of time is one score entry of SDPA's causal kernel, at float32 and a head_dim of 64, on one
-thread. `dense_time` counts such entries; `work` counts what a call of DGA does, by kind, and
-`WEIGHTS` says how many entries each kind is worth. Only these ratios matter, which differ less from
-machine to machine than times do. What queries open is that of a text, not of random numbers.
+The unit of time is one score entry of SDPA's causal kernel, at a head_dim of 64: at float32 on one
+thread of a CPU, or in half precision on a GPU. `dense_time` counts such entries; `work` counts what
+a call of DGA does, by kind, and `WEIGHTS` says how many entries each kind is worth. Only these
+ratios matter, which differ less from machine to machine than times do. What queries open is that of
+a text, not of random numbers.
 
-Weights were fitted to CPU time of one thread (Intel Xeon with AVX-512 and AMX, torch 2.13, random
-tensors of 1024 to 8192 tokens): bench/NOTES.md has them beside what was measured. On CUDA nothing
-was measured: a call's own time is taken for the same, everything else for `ELSEWHERE` times as
-fast, and DGA for twice as slow against SDPA as on a CPU, so that it waits too long rather than not
-long enough.
+Weights of a CPU were fitted to CPU time of one thread (Intel Xeon with AVX-512 and AMX, torch 2.13,
+random tensors of 1024 to 8192 tokens): bench/NOTES.md has them beside what was measured. Those of a
+GPU come from an H100: what SDPA and the kernel take was measured, what planning takes follows from
+the bytes that it moves, and a call's own time from its launches. So DGA counts twice there
+(`DOUBT`), and waits too long rather than not long enough.
 """
 
 from __future__ import annotations
@@ -22,18 +23,28 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexdga.stretches import SCORES, TOGETHER
+from flexdga.scratch import scores_held
+from flexdga.stretches import TOGETHER
 
 if TYPE_CHECKING:
     from flexdga.config import DGAConfig
 
 WEIGHTS = {
-    "entries": 1.2, "blocks": 75.0, "near": 5.2, "units": 0.6, "keys": 0.48, "probes": 7.0,
-    "tokens": 53.0,
+    "cpu": {
+        "entries": 1.2, "blocks": 75.0, "near": 5.2, "units": 0.6, "keys": 0.48, "probes": 7.0,
+        "tokens": 53.0,
+    },
+    "cuda": {
+        "entries": 6.5, "blocks": 0.0, "near": 19.0, "units": 6.5, "keys": 2.5, "probes": 4.0,
+        "tokens": 1000.0,
+    },
 }  # fmt: skip
-CALL = 1_000_000.0
+CALL = {"cpu": 1_000_000.0, "cuda": 3_600_000_000.0}
 """Entries of SDPA's that each kind of `work` takes as long as, and a call's own, on one thread
-whatever there are: Python and small operations. An entry is 1.9 ns."""
+whatever there are: Python and small operations. An entry is 1.9 ns, on a GPU 0.53 ps. Other devices
+than a CPU are taken for GPUs."""
+WIDE = {"cpu": 0.9, "cuda": 0.72}
+"""The part of an entry of SDPA's that grows with head_dim."""
 CAUSAL_PROBES, HIDING = 0.6, 2.4
 """What a probe's score takes in `causal` scope, and the kernel's where openings hide slots, over
 those that `WEIGHTS` has."""
@@ -44,8 +55,8 @@ DIAGONAL = 512
 OPENED = {"box": 0.47, "exact": 0.17}
 """Units that a query block opens of a long text, times `open_mass`: SmolLM2-135M reading English, 7
 layers. Of a past that is not much longer than what that makes it opens less."""
-ELSEWHERE, DOUBT = 3000, 2.0
-"""On other devices: speed in threads of a CPU (an H100's tensor cores, about), and DGA's weight."""
+DOUBT = 2.0
+"""DGA's weight on a GPU."""
 STEPS_GAIN = 4096
 """Tokens below which decode steps over slots are slower than dense ones: about as many by the
 default configuration, fewer by groups, some 8000 by `exact`."""
@@ -126,16 +137,18 @@ def break_even(config: DGAConfig, case: Case) -> int:
 
 def dense_time(case: Case, length: int) -> float:
     """Of SDPA over a causal sequence, in entries of one thread."""
-    entries = case.heads * length * (length + DIAGONAL) / 2
-    return entries * (0.1 + 0.9 * case.head_dim / 64) * _half(case)["dense"] / _speed(case)
+    entries, wide = case.heads * length * (length + DIAGONAL) / 2, WIDE[_kind(case)]
+    each = 1 - wide + wide * case.head_dim / 64
+    return entries * each * _half(case)["dense"] / _threads(case)
 
 
 def dga_time(config: DGAConfig, case: Case, length: int) -> float:
     """Of `dga_attention` planning and attending, in the same unit."""
     counts = work(config, case, length)
-    total = sum(WEIGHTS[kind] * count for kind, count in counts.items())
-    total = CALL + total * _half(case)["DGA"] / _speed(case)
-    return total if case.device == "cpu" else DOUBT * total
+    device = _kind(case)
+    total = sum(WEIGHTS[device][kind] * count for kind, count in counts.items())
+    total = CALL[device] + total * _half(case)["DGA"] / _threads(case)
+    return total if device == "cpu" else DOUBT * total
 
 
 def work(config: DGAConfig, case: Case, length: int) -> dict[str, float]:
@@ -152,7 +165,8 @@ def work(config: DGAConfig, case: Case, length: int) -> dict[str, float]:
     queries, wide = case.heads * length, (1 + case.head_dim / 64) / 2
     keys = queries * sum(seen.values())
     exact = config.open_by == "exact"
-    stretch = columns * (TOGETHER if exact else SCORES / queries)  # of queries, weighed together
+    # Of queries, weighed together:
+    stretch = columns * (TOGETHER if exact else scores_held(case.device) / queries)
     weighed = queries * (length + min(stretch, length)) / 2 * wide * config.opens
     probed = float(config.probes)
     if config.scope == "causal":  # each unit has its own, which look at it and what is near
@@ -215,5 +229,9 @@ def _half(case: Case) -> dict[str, float]:
     return HALF if half else {"dense": 1.0, "DGA": 1.0}
 
 
-def _speed(case: Case) -> float:
-    return case.threads if case.device == "cpu" else ELSEWHERE
+def _threads(case: Case) -> int:
+    return case.threads if case.device == "cpu" else 1
+
+
+def _kind(case: Case) -> str:
+    return "cpu" if case.device == "cpu" else "cuda"

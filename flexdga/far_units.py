@@ -336,7 +336,7 @@ def raw_scores(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> Tensor
 
 
 def asked(far: Tensor, near: Tensor, config: DGAConfig) -> tuple[Tensor, Tensor]:
-    """As `opening.wanted`, of few queries, in fewer operations; `near` are scores (..., R)."""
+    """As `openings` decides, of few queries, in fewer operations; `near` are scores (..., R)."""
     total = torch.logsumexp(torch.cat([near, far], -1), -1)
     least = math.log(config.open_mass) if config.open_mass else -math.inf
     return far > (total + least)[..., None], total

@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 
 from flexdga.plan import Documents, Plan
+from flexdga.scratch import blocks_held
 
 T = TypeVar("T")
-ENTRIES = 1 << 20
-"""Entries of a table of blocks that a part has at most, if it has more than three rows. Tensors of
-more than 32 MiB come fresh from the system at every call, and empty."""
 
 
 def by_kv_head(
@@ -84,7 +82,8 @@ def parts_of(query: Tensor, kv_heads: int, table: int) -> Iterator[slice]:
     """The rows of (B, H, L, D) queries that are taken at a time; `table` as in `in_parts`."""
     count = query.shape[0] * kv_heads
     # Two rows at least: a single one would be compiled for itself.
-    parts = max(min(query.shape[:2].numel() * table // ENTRIES, count // 2), 1)
+    held = blocks_held(query.device.type)
+    parts = max(min(query.shape[:2].numel() * table // held, count // 2), 1)
     for begin, end in itertools.pairwise(i * count // parts for i in range(parts + 1)):
         yield slice(begin, end)
 

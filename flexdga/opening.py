@@ -155,23 +155,17 @@ def far_units(first_query: Tensor, config: DGAConfig) -> tuple[Tensor, Tensor]:
     return before, -(-(first_query + rows + config.window - 1) // size)
 
 
-def wanted(far: Tensor, near: Tensor, config: DGAConfig) -> tuple[Tensor, Tensor]:
-    """Which units each query asks for, and the log of all its mass.
+def log_mass(far: Tensor, near: Tensor) -> Tensor:
+    """(...) float32, the log of all the mass that each query sees.
 
     Args:
         far: (..., N) from `far_log_mass`; -inf for units that the query may not open.
         near: (...) log mass of what is not far.
-        config: `open_mass`.
-
-    Returns:
-        (..., N) bool and (...) float32.
     """
     # One pass over the units, in place of the two that finding their maximum would take.
     base = torch.where(near > -math.inf, near, 0.0)
     beyond = torch.exp((far - base[..., None]).clamp(max=BEYOND)).sum(-1)
-    total = base + torch.log(beyond + torch.exp(near - base))
-    least = math.log(config.open_mass) if config.open_mass else -math.inf
-    return far > (total + least)[..., None], total
+    return base + torch.log(beyond + torch.exp(near - base))
 
 
 def served(
@@ -240,28 +234,43 @@ def openings(
         if far is None:
             far = far_log_mass(query, units.key, config, scale)
     far = far.float().unflatten(2, (around.begin.shape[0], rows))
-    far = far.masked_fill(_hidden(open_to)[..., None, :] < 0, -math.inf)
+    allowed = far.masked_fill(_hidden(open_to)[..., None, :] < 0, -math.inf)
     near = near_log_mass(query, around, config=config, is_causal=is_causal, scale=scale)
     # Queries of a document that ends in the block ask for nothing: no share of theirs is large.
     asks = around.document == document[..., None]
-    want, total = wanted(far, torch.where(asks, near, torch.finfo(near.dtype).max), config)
+    total = log_mass(allowed, torch.where(asks, near, torch.finfo(near.dtype).max))
+    least = math.log(config.open_mass) if config.open_mass else -math.inf
+    want = far > _stored(total + least)[..., None]
     if config.scope == "prompt":
         at = torch.maximum(around.begin[:, None], document[..., None])
     else:
         at = _positions(around, rows)
     since = torch.where(want, at[..., None], NEVER).amin(3)
+    since = torch.where(open_to, since, NEVER)
     if config.open_units is not None:
-        share = torch.exp(far - total[..., None])
-        turns = config.scope == "causal"
+        share, turns = torch.exp(allowed - total[..., None]), config.scope == "causal"
+        want = want & open_to[..., None, :]
         since = torch.where(served(want, share, config.open_units, turns=turns), since, NEVER)
     return since
 
 
-def _hidden(seen: Tensor) -> Tensor:
-    """-1 where `seen` (..., T, N) is not true, else 0, as a table in memory.
+def _stored(x: Tensor) -> Tensor:
+    """`x` as a tensor in memory, where a compiler for a GPU would compute it for each reader.
 
-    Otherwise a compiler computes the mask anew for each query of a block, which takes longer than
-    the exponential; what a `cat` gives, it stores.
+    It has no name for that; what is to have strides, it stores. Otherwise which units are wanted,
+    unit by unit and query by query, would go through memory instead: twice the scores.
+    """
+    stored = x.device.type == "cpu" or not torch.compiler.is_compiling()
+    return x if stored else x.as_strided(x.shape, x.stride())
+
+
+def _hidden(seen: Tensor) -> Tensor:
+    """-1 where `seen` (..., T, N) is not true, else 0: on CPU as a table in memory.
+
+    Otherwise a compiler computes the mask anew for each query of a block, which takes a CPU longer
+    than the exponential; what a `cat` gives, it stores there.
     """
     table = torch.where(seen, 0.0, -1.0)
+    if seen.device.type != "cpu":
+        return table
     return torch.cat([table[..., :1, :], table[..., 1:, :]], -2)

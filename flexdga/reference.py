@@ -1,16 +1,19 @@
 """The specification: plain PyTorch in float64, dense and slow, for tests and for readers.
 
 Nothing here is shared with the optimised code, and the optimised code never imports it. Everything
-works on one sequence at a time, (H, L, D) per head, with loops where loops are clearest.
+works on one sequence at a time, (H, L, D) per head, with loops where loops are clearest: on the
+CPU, wherever the inputs are, and the result goes back to them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from flexdga.plan import NEVER, Plan
 
@@ -37,7 +40,8 @@ def dense(
     Returns:
         (B, H, L, Dv) float64.
     """
-    length = query.shape[2]
+    length, device = query.shape[2], query.device
+    query, key, value, document_ids = _on_cpu((query, key, value, document_ids))
     ids = torch.zeros(query.shape[0], length) if document_ids is None else document_ids
     seen = (ids[:, :, None] == ids[:, None, :]) & (ids[:, None, :] >= 0)
     if is_causal:
@@ -45,7 +49,7 @@ def dense(
     rep = query.shape[1] // key.shape[1]
     k, v = (t.double().repeat_interleave(rep, 1) for t in (key, value))
     score = query.double() @ k.mT * _scale(query, scale)
-    return _softmax(score.masked_fill(~seen[:, None], -math.inf)) @ v
+    return (_softmax(score.masked_fill(~seen[:, None], -math.inf)) @ v).to(device)
 
 
 def attend(
@@ -69,12 +73,13 @@ def attend(
         group_weights: as in `DGAConfig`.
         group_bias: as in `DGAConfig`.
         scale: of the scores; None = 1/√D.
-        score_mod: of positions.
+        score_mod: of positions; it alone is called where the inputs are.
 
     Returns:
         (B, H, L, Dv) float64.
     """
-    batch, heads, length, _ = query.shape
+    (batch, heads, length, _), device = query.shape, query.device
+    query, key, value, plan = _on_cpu((query, key, value, plan))
     rep, scale = heads // key.shape[1], _scale(query, scale)
     out = torch.zeros(batch, heads, length, value.shape[-1], dtype=torch.float64)
     for b in range(batch):
@@ -95,10 +100,11 @@ def attend(
                 score = q[r] @ k.T * scale
                 if score_mod is not None:
                     place = (torch.tensor(b), torch.tensor(g * rep + r))
-                    score = score_mod(score, *place, at, plan.position[b, g, slot])
+                    given = (score, *place, at, plan.position[b, g, slot])
+                    score = score_mod(*(x.to(device) for x in given)).cpu()
                 score = (score + bias).masked_fill(~seen, -math.inf)
                 out[b, g * rep + r] = _softmax(score) @ v
-    return out
+    return out.to(device)
 
 
 def slot_weights(
@@ -136,20 +142,21 @@ def slot_weights(
 
 def visible(plan: Plan, b: int, h: int, length: int, rep: int = 1) -> Tensor:
     """(L, S) bool: which slots each query of one head sees, `rep` query heads to a KV head."""
-    g, at = h // rep, torch.arange(length)[:, None]
+    plan, g, at = _on_cpu(plan), h // rep, torch.arange(length)[:, None]
     seen = (plan.start[b, g] <= at) & (at < plan.end[b, g])
     if plan.open is None:
         return seen
     rows, size = plan.length // plan.open.shape[2], plan.length // plan.open.shape[3]
+    members = [_members(plan, b, g, s) for s in range(plan.num_slots)]
+    hidden: dict[int, list[int]] = {}  # slots of a unit's tokens that are not raw
+    for s in range(plan.length, plan.num_slots):
+        if members[s]:
+            hidden.setdefault(members[s][0] // size, []).append(s)
     for row, unit in (plan.open[b, h] < NEVER).nonzero().tolist():
         since = int(plan.open[b, h, row, unit])
         queries = slice(min(since, length), min((row + 1) * rows, length))
-        for s in range(plan.num_slots):
-            members = _members(plan, b, g, s)
-            if s < plan.length and s // size == unit:
-                seen[queries, s] = True
-            elif s >= plan.length and members and members[0] // size == unit:
-                seen[queries, s] = False
+        seen[queries, unit * size : (unit + 1) * size] = True
+        seen[queries, hidden.get(unit, [])] = False
     padding = plan.start[b, g, : plan.length][:length] == NEVER
     return seen & ~padding[:, None]
 
@@ -179,7 +186,7 @@ def paper(
 
     What the paper leaves open is decided as in `DGAConfig.paper`.
     """
-    q, k, v = query.double(), key.double(), value.double()
+    q, k, v = (t.double() for t in _on_cpu((query, key, value)))
     length, scale = q.shape[0], 1 / math.sqrt(q.shape[1])
     # 1. Importance: attention accumulated over a few sampled queries.
     sampled = sorted({(n + 1) * length // probes - 1 for n in range(probes)} - {-1})
@@ -208,14 +215,14 @@ def paper(
         keys = torch.stack([k[j] for j in exact] + [pooled[n][0] for n in seen_groups])
         values = torch.stack([v[j] for j in exact] + [pooled[n][1] for n in seen_groups])
         out[i] = torch.softmax(q[i] @ keys.T * scale, -1) @ values
-    return out
+    return out.to(query.device)
 
 
 def cca(
     query: Tensor, key: Tensor, value: Tensor, *, group_size: int = 16, window: int = 1024
 ) -> Tensor:
     """Core Context Aware attention (arXiv 2412.12465), its two modules, one head: (L, D) each."""
-    q, k, v = query.double(), key.double(), value.double()
+    q, k, v = (t.double() for t in _on_cpu((query, key, value)))
     length, scale = q.shape[0], 1 / math.sqrt(q.shape[1])
     # Globality-aware pooling: one core token per group of g, weighted by its last token's query.
     cores = []
@@ -231,7 +238,7 @@ def cca(
         keys = torch.stack([cores[c][0] for c in range(seen)] + [k[j] for j in raw])
         values = torch.stack([cores[c][1] for c in range(seen)] + [v[j] for j in raw])
         out[i - 1] = torch.softmax(q[i - 1] @ keys.T * scale, -1) @ values
-    return out
+    return out.to(query.device)
 
 
 def _members(plan: Plan, b: int, g: int, slot: int) -> list[int]:
@@ -244,6 +251,11 @@ def _members(plan: Plan, b: int, g: int, slot: int) -> list[int]:
     if slot < raw + focal:
         return [int(plan.focal[b, g, slot - raw])]
     return [int(t) for t in plan.members[b, g, slot - raw - focal] if t >= 0]
+
+
+def _on_cpu(inputs: Any) -> Any:
+    """Tensors, or what holds some, on the CPU."""
+    return tree_map_only(Tensor, Tensor.cpu, inputs)
 
 
 def _scale(query: Tensor, scale: float | None) -> float:

@@ -7,6 +7,7 @@ Shape suffixes as in `opening.py`.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -35,12 +36,11 @@ from flexdga.estimates import (
 )
 from flexdga.opening import QueryBlocks, openings, surroundings
 from flexdga.plan import NEVER, Documents
+from flexdga.scratch import scores_held
 
 Run = Callable[..., Any]
 TOGETHER = 64
 """Units whose keys are weighed at a time."""
-SCORES = 1 << 22
-"""Scores of units, or of keys, that are held at a time: megabytes that stay in a CPU's cache."""
 
 
 def open_table(
@@ -66,12 +66,21 @@ def open_table(
         scale: of the scores.
         run: how to call `openings`.
     """
-    units = Units(unit_features(key, config), unit_documents(docs.first, config))
-    around = surroundings(key, docs.first, config=config, is_causal=is_causal)
+    # On CPU they are a few large views and copies: not worth the seconds of a compilation.
+    prepare = prepared if key.device.type == "cpu" else functools.partial(run, prepared)
+    around, units = prepare(key, docs.first, config=config, is_causal=is_causal)
     return in_stretches(
         query, around, units, packed=docs.packed, config=config, is_causal=is_causal, scale=scale,
         run=run,
     )  # fmt: skip
+
+
+def prepared(
+    key: Tensor, first: Tensor, *, config: DGAConfig, is_causal: bool
+) -> tuple[QueryBlocks, Units]:
+    """What openings of a whole sequence are decided from."""
+    units = Units(unit_features(key, config), unit_documents(first, config))
+    return surroundings(key, first, config=config, is_causal=is_causal), units
 
 
 def in_stretches(
@@ -142,7 +151,8 @@ def in_stretches(
                 query[:, :, blocks * rows :], around.of(rest), units, end=past + query.shape[2],
                 packed=packed, config=config, scale=scale, run=run,
             )  # fmt: skip
-    parts = min(query.shape[:2].numel() * blocks * rows * per_query // SCORES, blocks // 2)
+    held = scores_held(query.device.type)
+    parts = min(query.shape[:2].numel() * blocks * rows * per_query // held, blocks // 2)
     parts = max(parts, min(blocks, 1))
     for first, end in itertools.pairwise(i * blocks // max(parts, 1) for i in range(parts + 1)):
         # Units that no block of the stretch can open are left out, in whole multiples of few.
@@ -183,7 +193,8 @@ def _long_past(
         return table(0, blocks, every, False)
     chunks = blocks // CHUNK
     each = width(config) + every
-    parts = max(min(query.shape[:3].numel() * each // SCORES, chunks // 2), 1)
+    held = scores_held(query.device.type)
+    parts = max(min(query.shape[:3].numel() * each // held, chunks // 2), 1)
     starts = [i * chunks // parts * CHUNK for i in range(parts)]
     whole = around.begin.new_empty((*query.shape[:2], blocks, units.first.shape[1]))
     for first, after in itertools.pairwise([*starts, chunks * CHUNK]):

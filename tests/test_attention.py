@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_planner import layout_arguments, layouts, openers, planners
 
 import score_mods
-from flexdga import DGAConfig, attention, dga_attention, folding, make_plan, reference
+from flexdga import DGAConfig, attention, dga_attention, make_plan, reference, scratch
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -122,7 +122,7 @@ def test_a_call_in_parts_is_the_call(monkeypatch, layout, opener):
     whole, _ = dga_attention(*inputs, config=config, return_plan=True, **arguments)
     calls = []
     plan_attention = attention.plan_attention
-    monkeypatch.setattr(folding, "ENTRIES", 1)
+    monkeypatch.setitem(scratch.BLOCKS, "cpu", 1)
     monkeypatch.setattr(
         attention,
         "plan_attention",

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 
 from flexdga import DGAConfig
+from flexdga.focal import focal_capacity
 from flexdga.parallel.shards import before, beyond, chunk_size
-from flexdga.planner import focal_capacity, group_slots_per_unit
+from flexdga.planner import group_slots_per_unit
 
 from .workloads import Shape
 

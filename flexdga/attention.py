@@ -29,12 +29,18 @@ from flexdga.kernel import attend, attend_slots
 from flexdga.opening import openings
 from flexdga.plan import NEVER, Documents, Plan
 from flexdga.planner import dense_plan, documents, plan_attention
+from flexdga.saying import first_time
 from flexdga.spelling import spell
 from flexdga.stretches import open_table, prepared
 from score_mods import ScoreMod, needs_null_slot
 
 DEFAULT = DGAConfig()
 """Made here, for a compiler cannot make one."""
+LEAK = (
+    "flexdga: training with scope='prompt', in which later tokens help to decide what earlier ones "
+    "see: a language model can learn from that leak what it will not have when it generates. "
+    "DGAConfig(scope='causal') has none."
+)
 RECOMPILE_LIMIT = 64
 """Compiled variants kept for planning and for attending: one per config, dtype and head layout."""
 
@@ -383,18 +389,8 @@ def _without_autocast(device: str) -> AbstractContextManager[object]:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _warn_of_leak() -> None:
     """Say once that training sees the future; a compiler that traces this runs it."""
-    if "leak" in _said:
-        return
-    _said.add("leak")
-    warnings.warn(
-        "flexdga: training with scope='prompt', in which later tokens help to decide what earlier "
-        "ones see: a language model can learn from that leak what it will not have when it "
-        "generates. DGAConfig(scope='causal') has none.",
-        stacklevel=3,
-    )
-
-
-_said: set[str] = set()
+    if first_time(LEAK):
+        warnings.warn(LEAK, stacklevel=3)
 
 
 def _mark_dynamic(tensor: Tensor) -> Tensor:

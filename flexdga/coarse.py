@@ -12,7 +12,6 @@ Shape suffixes as in `opening.py`, and S chunks.
 
 from __future__ import annotations
 
-import logging
 from typing import NamedTuple
 
 import torch
@@ -23,8 +22,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from flexdga.config import COARSE, DGAConfig
 from flexdga.estimates import Units, far_log_mass, products, query_features
 from flexdga.plan import NEVER
-
-_log = logging.getLogger("flexdga")
+from flexdga.saying import warn_once
 
 CHUNK = 8
 """Query blocks that share a window of units: products with more rows run faster."""
@@ -65,16 +63,10 @@ def all_fine(length: int, config: DGAConfig) -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _say_fine(beyond: int) -> None:
-    if "fine" in _said:
-        return
-    _said.add("fine")
-    _log.warning(
+    warn_once(
         "flexdga: a compiled program weighs units far away one by one: of texts longer than "
-        "coarse_beyond=%d it may open others than dga_attention does outside of a compiler", beyond
-    )  # fmt: skip
-
-
-_said: set[str] = set()
+        f"coarse_beyond={beyond} it may open others than dga_attention does outside of a compiler"
+    )
 
 
 def first_fine(before: Tensor, config: DGAConfig) -> Tensor:

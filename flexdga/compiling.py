@@ -23,8 +23,7 @@ from flexdga.calls import unfolding
 from flexdga.inductor import checked_inputs, long_memory, ordered_strides
 from flexdga.lowering import decomposition
 from flexdga.repeats import folded
-
-_log = logging.getLogger("flexdga")
+from flexdga.saying import log
 
 Options = Mapping[str, Any] | None
 """Of Inductor."""
@@ -66,13 +65,13 @@ def compiled(name: str, program: ExportedProgram, options: Options) -> Any:
         program = program.run_decompositions({})  # which leaves their insides
     graph, pieces = folded(program.module(check_guards=False))
     chosen = dict(options or {}) | {"aot_inductor.package": True}
-    _log.info(
+    log.info(
         "flexdga.export: compiling %s, %d nodes of %d",
         name, len(graph.graph.nodes), len(program.graph.nodes),
     )  # fmt: skip
     with long_memory(), checked_inputs(), ordered_strides(), unfolding(pieces, decomposition()):
         files = torch._inductor.aot_compile(graph, args, kwargs, options=chosen)
-    _log.info("flexdga.export: %s took %.0f s", name, time.perf_counter() - began)
+    log.info("flexdga.export: %s took %.0f s", name, time.perf_counter() - began)
     return files
 
 
@@ -108,11 +107,11 @@ def _meanwhile(
             if not why and process.wait() == 0:
                 found, records = pickle.loads((folder / _ANSWER).read_bytes())
                 for record in records:
-                    if _log.isEnabledFor(record.levelno):
-                        _log.handle(record)
+                    if log.isEnabledFor(record.levelno):
+                        log.handle(record)
                 return found
             why = why or f"exit status {process.returncode}\n" + (folder / _SAID).read_text()
-            _log.warning("flexdga.export: %s is compiled again, after another process: %s",
+            log.warning("flexdga.export: %s is compiled again, after another process: %s",
                          name, why)  # fmt: skip
             return compiled(name, program, options)
 
@@ -143,8 +142,8 @@ def answer(folder: str) -> None:
             records.append(record)
 
     records: list[logging.LogRecord] = []
-    _log.addHandler(Keep())
-    _log.setLevel(logging.INFO)
+    log.addHandler(Keep())
+    log.setLevel(logging.INFO)
     task = pickle.loads(Path(folder, _TASK).read_bytes())
     name, options, threads, config = task
     torch.set_num_threads(threads)

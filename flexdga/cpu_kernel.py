@@ -27,7 +27,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import logging
 import os
 import threading
 from typing import Any
@@ -35,13 +34,13 @@ from unittest.mock import patch
 
 import torch
 
+from flexdga.saying import log, warn_once
+
 VERIFIED = ("2.13.",)
 """Versions of torch on which the repairs were tested."""
 PLAIN, SCORED = "plain", "scored"
 """The mark of a call whose scores are q·k times a positive scale, and of any other."""
 _MARK = "FLEXDGA_CPU_KERNEL"
-
-_log = logging.getLogger("flexdga")
 
 
 def mark(*, plain: bool) -> dict[str, Any]:
@@ -81,25 +80,17 @@ def available() -> bool:
     if os.environ.get("FLEXDGA_STOCK_CPU_KERNEL", "0") not in ("", "0"):
         return False
     if not torch.__version__.startswith(VERIFIED):
-        if "unverified" not in _said:
-            _said.add("unverified")
-            _log.warning(
-                "flexdga: torch %s is not among the verified versions (%s…): the stock CPU kernel "
-                "of flex_attention runs, which is slower",
-                torch.__version__,
-                ", ".join(VERIFIED),
-            )
+        warn_once(
+            f"flexdga: torch {torch.__version__} is not among the verified versions "
+            f"({', '.join(VERIFIED)}…): the stock CPU kernel of flex_attention runs, a slower one"
+        )
         return False
     _install()
     return True
 
 
-_said: set[str] = set()
-
-
+@functools.cache
 def _install() -> None:
-    if "installed" in _said:
-        return
     import torch._inductor.lowering  # noqa: F401, I001  (before the next: they import each other)
     from torch._inductor import config
     from torch._inductor.codegen import cpp, cpp_flex_attention_template as template
@@ -161,8 +152,7 @@ def _install() -> None:
     lowering.lower_cpu = lower_cpu
     flex.__init__, flex.modification = init, modification
     flex.choose_flex_template = choose_flex_template
-    _said.add("installed")
-    _log.info("flexdga: flex_attention's CPU kernel is repaired for flexdga's own calls")
+    log.info("flexdga: flex_attention's CPU kernel is repaired for flexdga's own calls")
 
 
 def _with_places(buffer: Any, template: Any) -> tuple[Any, dict[Any, str]]:

@@ -29,12 +29,9 @@ from flexdga.handoff import (
     slots_after,
     slots_of_units,
 )
+from flexdga.handover import handover, lookahead
 from flexdga.plan import NEVER
-from flexdga.planner import (
-    group_slots_per_unit,
-    handover,
-    lookahead,
-)
+from flexdga.planner import group_slots_per_unit
 from flexdga.storage import CacheMemory, Columns, Origins, Saved, SlotBuffer
 from score_mods import ScoreMod
 

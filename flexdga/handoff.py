@@ -9,9 +9,10 @@ from torch import Tensor
 
 from flexdga.compress import Pooled, pool
 from flexdga.config import DGAConfig
+from flexdga.handover import leaves_window
 from flexdga.indexing import compact, take, take_rows
 from flexdga.plan import NEVER, Documents, Plan
-from flexdga.planner import leaves_window, plan_units
+from flexdga.planner import plan_units
 from flexdga.storage import Columns, Origins
 
 

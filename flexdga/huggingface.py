@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +23,7 @@ from flexdga.config import DGAConfig
 from flexdga.cost_model import dense_below
 from flexdga.exact import attend_all
 from flexdga.report import LayerReport, about_slots
+from flexdga.saying import warn_once
 from score_mods import ScoreMod
 
 NAME = "flexdga"
@@ -39,8 +38,6 @@ ODD_MASK = (
     "flexdga: a mask that is neither causal, nor within documents, nor padding; the layers that "
     "use it run exact dense attention"
 )
-
-_log = logging.getLogger("flexdga")
 
 
 class Settings:
@@ -124,7 +121,7 @@ def attention(
                 "whose old keys are pooled; pass a (B, L) padding mask, or use_cache=False"
             )
         if own.row.wrapped and not foreign and kwargs.get("sliding_window") is None:
-            _warn_once(ODD_MASK)
+            warn_once(ODD_MASK)
         own.row.passed += 1
         return _dense(
             module, query, key, value, attention_mask,
@@ -292,7 +289,7 @@ def mask(
     if not kwargs.get("use_vmap", False) and not kv_offset:
         ids = _documents(mask_function, batch_size, q_length, kwargs.get("device", "cpu"))
     if ids is None:
-        _warn_once(ODD_MASK)
+        warn_once(ODD_MASK)
         made = exact()
         if made is None:  # by now nothing may rely on a module's own direction
             kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
@@ -323,11 +320,6 @@ def _documents(
     want = (ids[:, some, None] == ids[:, None]) & (at <= some[:, None])
     got = seen(some.view(1, 1, -1, 1), at.view(1, 1, 1, -1))[:, 0]
     return ids if torch.equal(want, got) else None
-
-
-@functools.cache
-def _warn_once(text: str) -> None:
-    _log.warning(text)
 
 
 def register() -> None:

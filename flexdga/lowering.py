@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -35,12 +34,11 @@ from flexdga.indexing import filled
 from flexdga.kernel import attend
 from flexdga.plan import NEVER, Documents, Plan
 from flexdga.planner import documents, plan_attention
+from flexdga.saying import log
 from flexdga.spelling import read
 from flexdga.stretches import open_table
 
 OPERATOR = torch.ops.flexdga.attention.default
-
-_log = logging.getLogger("flexdga")
 
 
 def lower(program: ExportedProgram) -> ExportedProgram:
@@ -135,7 +133,7 @@ class _Lowering:
             return True
         if not self.warned and not statically_known_true(length >= below):
             self.warned = True
-            _log.warning(
+            log.warning(
                 "flexdga: a lowered program has no branch for lengths below dense_below=%d: it "
                 "takes the sparse path there too, where dga_attention would be dense", below
             )  # fmt: skip

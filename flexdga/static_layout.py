@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from flexdga.config import DGAConfig
+from flexdga.handover import handover, lookahead
 from flexdga.plan import NEVER
-from flexdga.planner import group_slots_per_unit, handover, lookahead
+from flexdga.planner import group_slots_per_unit
 
 State = dict[str, Tensor]
 """One layer's tensors, by name; which there are depends on the config.

@@ -20,6 +20,7 @@ from flexdga import (
     dga_attention,
     make_plan,
     reference,
+    saying,
 )
 
 OPENS = {"open_units": None, "unit_size": 16, "open_mass": 0.02}
@@ -35,7 +36,7 @@ def small_chunks(monkeypatch):
 @pytest.fixture(autouse=True)
 def _no_leak_warning(monkeypatch):
     """It comes once in a process: not here, but for the tests that look for it."""
-    monkeypatch.setattr(attention, "_said", {"leak"})
+    monkeypatch.setattr(saying, "_said", {attention.LEAK})
 
 
 def leaves(inputs):

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import score_mods
-from flexdga import DGAConfig, DGAttention, applied, attention, dga_attention
+from flexdga import DGAConfig, DGAttention, applied, attention, dga_attention, saying
 
 
 def loss(query, key, value, config=CAUSAL):
@@ -152,7 +152,7 @@ def test_padding_gets_no_gradient():
 
 @pytest.mark.usefixtures("eager")
 def test_prompt_scope_warns_once_that_it_leaks(monkeypatch):
-    monkeypatch.setattr(attention, "_said", set())
+    monkeypatch.setattr(saying, "_said", set())
     inputs = leaves(qkv(length=70))
     quiet = (
         CAUSAL,

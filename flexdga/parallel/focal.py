@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexdga.config import DGAConfig
+from flexdga.focal import focal_capacity, focal_of_prompt
 from flexdga.importance import (
     attention_weights,
     over_heads,
@@ -25,7 +26,6 @@ from flexdga.indexing import take_rows
 from flexdga.parallel.collectives import all_reduce
 from flexdga.parallel.shards import Shards
 from flexdga.plan import Documents
-from flexdga.planner import focal_capacity, focal_of_prompt
 
 SOME = 16
 """Focal slots of chunks are made for whole multiples of so many."""

@@ -14,9 +14,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from flexdga.config import DGAConfig
+from flexdga.handover import lookahead
 from flexdga.parallel.collectives import all_gather
 from flexdga.parallel.failures import watched
-from flexdga.planner import lookahead
 
 
 class Shards:

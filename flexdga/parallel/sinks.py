@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from flexdga.config import DGAConfig
+from flexdga.focal import is_sink
 from flexdga.indexing import take
 from flexdga.parallel.shards import Shards, before
 from flexdga.parallel.slots import queries_before
 from flexdga.plan import NEVER, Documents
-from flexdga.planner import is_sink
 
 
 def sinks_asked(docs: Documents, shards: Shards, config: DGAConfig) -> Tensor:

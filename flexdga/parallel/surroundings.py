@@ -19,11 +19,12 @@ from torch import Tensor
 
 from flexdga.attention import _run
 from flexdga.config import DGAConfig
+from flexdga.focal import focal_capacity, focal_counts
 from flexdga.parallel.collectives import all_to_all
 from flexdga.parallel.focal import SOME, WholeFocal
 from flexdga.parallel.shards import Shards, before, beyond, padded_to
 from flexdga.plan import NEVER, Documents, Plan
-from flexdga.planner import documents, focal_capacity, focal_counts, plan_attention
+from flexdga.planner import documents, plan_attention
 
 
 class Ends(NamedTuple):

@@ -17,7 +17,17 @@ from torch._dynamo.utils import counters
 
 import flexdga
 import score_mods
-from flexdga import DGACache, DGAConfig, DGAttention, applied, dga_attention, make_plan, reference
+from flexdga import (
+    DGACache,
+    DGAConfig,
+    DGAttention,
+    applied,
+    attention,
+    dga_attention,
+    make_plan,
+    reference,
+    saying,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -85,7 +95,7 @@ def test_padding_and_documents(name):
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=str)
 @pytest.mark.parametrize("name", ["default", "groups", "causal"])
 def test_backward(name, heads, dtype, monkeypatch):
-    monkeypatch.setattr(flexdga.attention, "_said", {"leak"})
+    monkeypatch.setattr(saying, "_said", {attention.LEAK})
     config = CONFIGS[name]
     inputs = on_gpu(*qkv(1, *heads, LENGTHS[0], 64, dtype))
     with torch.no_grad():

@@ -15,8 +15,7 @@ from helpers import small
 from torch import nn
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
-from flexdga import DGACache, DGAConfig, applied, report, unwrap, wrap
-from flexdga import huggingface as implementation
+from flexdga import DGACache, DGAConfig, applied, report, saying, unwrap, wrap
 from flexdga.cache import DGALayer
 
 exact = functools.partial(small, focal_ratio=1.0)
@@ -233,9 +232,9 @@ def test_a_decoder_as_an_encoder(llama, ids):
 # Masks
 
 
-def test_masks_over_pairs_of_tokens_run_dense(llama, ids, caplog):
+def test_masks_over_pairs_of_tokens_run_dense(llama, ids, caplog, monkeypatch):
     """With one warning; where nothing ever went through DGA, that is an error."""
-    implementation._warn_once.cache_clear()
+    monkeypatch.setattr(saying, "_said", set())
     near = torch.ones(130, 130, dtype=torch.bool).tril().triu(-30).expand(2, 1, -1, -1)
     want = llama(ids, attention_mask=near).logits
     wrap(llama, lossy())

@@ -32,6 +32,7 @@ LEGEND = {
     "regs": "registers of a thread, of 255.",
     "spill": "bytes a thread stores outside of registers, and loads again.",
     "KiB": "shared memory of a block.",
+    "runs": "kernels that one pass launches; ATen's are not counted.",
 }
 
 
@@ -178,7 +179,8 @@ def _lines(outcome: Outcome) -> list[dict[str, str]]:
                 "regs": str(max(kernel.registers for kernel in kernels)),
                 "spill": str(max(kernel.spill_bytes for kernel in kernels)),
                 "KiB": number(max(kernel.shared_bytes for kernel in kernels) / 1024),
+                "runs": "" if lines else str(outcome.launches),
             }
         )
-    empty = dict.fromkeys(("kernel", "regs", "spill", "KiB"), "")
+    empty = dict.fromkeys(("kernel", "regs", "spill", "KiB", "runs"), "")
     return lines or [{"case": outcome.case} | empty]

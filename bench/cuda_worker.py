@@ -47,6 +47,7 @@ class Outcome:
     Attributes:
         case: what `str` makes of the case.
         kernels: all that were compiled to cubin for it, once each.
+        launches: how many kernels one pass of the case launches, without those of ATen.
         calls: what ATen (cuBLAS among it) computes beside them.
         problems: what is wrong; nothing, if all is well.
         seconds: it took.
@@ -54,6 +55,7 @@ class Outcome:
 
     case: str
     kernels: list[Kernel]
+    launches: int
     calls: list[str]
     problems: list[str]
     seconds: float
@@ -65,6 +67,7 @@ class _Recorder:
     def __init__(self, architecture: cuda_pretend.Architecture) -> None:
         self.architecture = architecture
         self.kernels: list[Kernel] = []
+        self.launches = 0
         self.code: list[str] = []
         self._logs: dict[str, str] = {}  # of ptxas, by the cubin
         self._log = ""
@@ -83,6 +86,10 @@ class _Recorder:
 
     def _take_log(self, text: str) -> None:
         self._log = text
+
+    def launch(self) -> None:
+        """A kernel would be launched."""
+        self.launches += 1
 
     def add(self, tuner: Any) -> None:
         """An Inductor kernel that was compiled: every variant of it."""
@@ -145,7 +152,7 @@ def main(argv: list[str]) -> int:
     cuda_pretend.load_shim(shim)  # before torch
     architecture = cuda_pretend.ARCHITECTURES[name]
     recorder = _Recorder(architecture)
-    cuda_pretend.pretend(architecture, recorder.add)
+    cuda_pretend.pretend(architecture, recorder.add, recorder.launch)
     recorder.install()
 
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -156,6 +163,7 @@ def main(argv: list[str]) -> int:
         case, begin, problems = Case(**fields), time.perf_counter(), []
         recorder.kernels.clear()
         recorder.code.clear()
+        recorder.launches = 0
         try:
             with FakeTensorMode(allow_non_fake_inputs=True):
                 execute(case)
@@ -164,7 +172,9 @@ def main(argv: list[str]) -> int:
         else:
             problems += _problems(recorder, case.program != "decode", case.backward)
         seconds = time.perf_counter() - begin
-        outcome = Outcome(str(case), recorder.kernels, _calls(recorder.code), problems, seconds)
+        outcome = Outcome(
+            str(case), recorder.kernels, recorder.launches, _calls(recorder.code), problems, seconds
+        )
         print(json.dumps(dataclasses.asdict(outcome)), flush=True)
     return 0
 

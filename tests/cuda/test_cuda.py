@@ -44,13 +44,16 @@ def well(outcome: Outcome) -> None:
 
 @needs_triton
 def test_compiles_for_h100():
-    """The default config in a caller's graph, planner and all, with 1:3 heads and gradients."""
-    cases = [Case("graph", "opens", ratio=3, backward=True)]
-    for outcome in cuda_check.check("sm_90", cases):
+    """The default config in a caller's graph, with 1:3 heads and gradients; and called as it is."""
+    cases = [Case("graph", "opens", ratio=3, backward=True), Case("call", "opens")]
+    graph, call = cuda_check.check("sm_90", cases)
+    for outcome in (graph, call):
         well(outcome)
-        assert {made.part for made in outcome.kernels} == {"forward", "backward", "other"}
         tiles = [k for k in outcome.kernels if k.part != "other"]
         assert all(0 < k.registers <= 255 and k.shared_bytes > 10_000 for k in tiles)
+    assert {made.part for made in graph.kernels} == {"forward", "backward", "other"}
+    # A launch takes Python tens of microseconds: stretches of a CPU's size were 100 here.
+    assert call.launches <= 30
 
 
 @pytest.mark.slow
@@ -161,7 +164,7 @@ def test_the_report_holds_in_80_columns():
     other = Kernel("triton_poi_fused_add_0", "other", 12, 0, 0, True, 4, 1)
     problem = ["too large: " + "x " * 60]
     found = [
-        Outcome(str(case), [flex, other], ["bmm"], problem * case.backward, 123.0)
+        Outcome(str(case), [flex, other], 24, ["bmm"], problem * case.backward, 123.0)
         for case in all_cases()
     ]
     report = cuda_check.CheckReport({"versions": "v"}, {"sm_80": found, "sm_100": []})

@@ -31,6 +31,7 @@ from .fidelity_methods import (
     compile_kernel,
     entries,
     fixed,
+    keep_memory,
     next_token_logits,
     planned,
     prompt_cost,
@@ -48,26 +49,36 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Defaults:
-    """What is measured unless an option says otherwise."""
+    """What is measured unless an option says otherwise.
+
+    Attributes:
+        beyond: methods at lengths beyond the first, unless methods are named.
+        compiled: whether plans are made by compiled code, which pays over several windows.
+    """
 
     tasks: tuple[str, ...]
     texts: int
     lengths: tuple[int, ...]
+    windows: int
     methods: tuple[str, ...]
+    beyond: tuple[str, ...]
     budgets: tuple[float, ...]
     needles: tuple[Variant, ...]
     task_lengths: tuple[int, ...]
     task_budgets: tuple[float, ...]
     depths: tuple[float, ...]
+    compiled: bool
 
 
+BEST = ("auto", "exact", "streaming_llm", "h2o", "block_selection")
 FULL = Defaults(
-    TASKS, 2, (4096,), tuple(METHODS), (0.10, 0.15, 0.22), VARIANTS, (1024, 2048), (0.15,),
-    (0.1, 0.5, 0.9),
+    TASKS, 2, (4096, 8192), 3, tuple(name for name in METHODS if name != "default"), BEST,
+    (0.10, 0.15, 0.22), VARIANTS, (1024, 4096), (0.15,), (0.1, 0.5, 0.9), True,
 )  # fmt: skip
+"""The default is auto at .15."""
 QUICK = Defaults(
-    ("lm", "needle"), 1, (2048,), ("auto", "paper", "streaming_llm", "h2o"), (0.15,),
-    ("single",), (1024,), (0.15,), (0.5,),
+    ("lm", "needle"), 1, (2048,), 1, ("auto", "paper", "streaming_llm", "h2o"), (), (0.15,),
+    ("single",), (1024,), (0.15,), (0.5,), False,
 )  # fmt: skip
 
 
@@ -77,7 +88,6 @@ class Options(Defaults):
 
     model: Path
     read: dict[str, str]
-    windows: int
     examples: int
     seed: int
     dtype: torch.dtype
@@ -100,14 +110,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quick", action="store_true", help="less of everything: minutes, not an hour")
     add("--tasks", type=names, metavar="T,...", help=f"of {', '.join(TASKS)} (default all)")
     add("--methods", type=names, metavar="M,...",
-        help=f"of {', '.join(METHODS)} (default all); dense always comes first")  # fmt: skip
+        help=f"of {', '.join(METHODS)} (default all, but some for greater lengths); dense always "
+        "comes first")  # fmt: skip
     add("--budgets", type=shares, metavar="B,...", help="shares of dense (default .10,.15,.22)")
     add("--config", nargs="+", metavar="KEY=VALUE",
         help="one more method, called config: fields of DGAConfig, or a preset=")  # fmt: skip
-    add("--lengths", type=ints, metavar="L,...", help="tokens to read (default 4096)")
-    add("--windows", type=options.positive_int, default=1, metavar="N",
-        help="stretches of each text, spread over it (default 1)")  # fmt: skip
-    add("--task-lengths", type=ints, metavar="L,...", help="of prompts (default 1024,2048)")
+    add("--lengths", type=ints, metavar="L,...", help="tokens to read (default 4096,8192)")
+    add("--windows", type=options.positive_int, metavar="N",
+        help="stretches of each text, spread over it (default 3)")  # fmt: skip
+    add("--task-lengths", type=ints, metavar="L,...", help="of prompts (default 1024,4096)")
     add("--task-budgets", type=shares, metavar="B,...", help="of the tasks (default .15)")
     add("--needles", type=names, metavar="N,...", help=f"of {', '.join(VARIANTS)} (default all)")
     add("--depths", type=shares, metavar="D,...", help="of the needle (default .1,.5,.9)")
@@ -124,6 +135,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, print the tables, write the files."""
     begin = time.perf_counter()
     chosen = _check(arguments)
+    keep_memory()
     torch.manual_seed(chosen.seed)
     if chosen.threads is not None:
         torch.set_num_threads(chosen.threads)
@@ -138,14 +150,14 @@ def run(arguments: argparse.Namespace) -> int:
     task_rows: list[TaskRow] = []
     with torch.no_grad(), Stages(total) as stages:
         stages.begin("compiling")
-        compile_s = _compile(model, [*lm.items(), *tasks.items()])
+        compile_s = _compile(model, [*lm.items(), *tasks.items()], chosen.compiled)
         stages.end()
         for (text, length), found in windows.items():
             for index, (offset, ids) in enumerate(found):
                 where = (text, length, index, offset)
-                rows += _read_window(model, ids, lm[length], where, stages)
+                rows += _read_window(model, ids, lm[length], where, chosen.compiled, stages)
         for length, made in examples.items():
-            task_rows += _ask(model, made, tasks[length], length, stages)
+            task_rows += _ask(model, made, tasks[length], length, chosen.compiled, stages)
     limit = getattr(model.config, "max_position_embeddings", None)
     shown = [METHODS[name] for name in chosen.methods]
     report = FidelityReport(
@@ -183,6 +195,8 @@ def _check(a: argparse.Namespace) -> Options:
     standard = dataclasses.asdict(QUICK if a.quick else FULL)
     given = {name: getattr(a, name, None) for name in standard}
     fields = standard | {name: value for name, value in given.items() if value is not None}
+    if a.methods is not None:
+        fields["beyond"] = a.methods
     for name, allowed in (("tasks", TASKS), ("methods", tuple(METHODS)), ("needles", VARIANTS)):
         if wrong := [item for item in fields[name] if item not in allowed]:
             raise UsageError(f"--{name} {','.join(wrong)}: expected some of: {', '.join(allowed)}")
@@ -191,8 +205,8 @@ def _check(a: argparse.Namespace) -> Options:
     read = _texts(a.text, standard["texts"])
     config = None if a.config is None else options.parse_config(a.config, dense_below=0)
     return Options(
-        **fields | {"texts": len(read)}, model=a.model, read=read, windows=a.windows,
-        examples=a.examples, seed=a.seed, dtype=options.DTYPES[a.dtype],
+        **fields | {"texts": len(read)}, model=a.model, read=read, examples=a.examples,
+        seed=a.seed, dtype=options.DTYPES[a.dtype],
         device=options.check_device(a.device), threads=a.threads, config=config, json=a.json,
         csv=a.csv, plot=a.plot,
     )  # fmt: skip
@@ -251,7 +265,8 @@ def _open(chosen: Options) -> tuple[Any, Encode, list[int]]:
 
 
 def _entries(chosen: Options, length: int, scope: Scope) -> list[Entry]:
-    methods = [METHODS[name] for name in chosen.methods]
+    first = (chosen.lengths if scope == "causal" else chosen.task_lengths)[0]
+    methods = [METHODS[n] for n in (chosen.methods if length == first else chosen.beyond)]
     if chosen.config is not None:
         methods.append(fixed("config", chosen.config, "--config"))
     return entries(
@@ -306,12 +321,12 @@ def _examples(
     return found
 
 
-def _compile(model: Any, groups: Iterable[tuple[int, Sequence[Entry]]]) -> float:
+def _compile(model: Any, groups: Iterable[tuple[int, Sequence[Entry]]], compiled: bool) -> float:
     """Compile attention for entries by length, so that no row's seconds hold it."""
     begin = time.perf_counter()
     for config, length in dict.fromkeys((e.config, length) for length, g in groups for e in g):
         if config is not None and config.prefill != "dense":
-            compile_kernel(model, config, length)
+            compile_kernel(model, config, length, compiled=compiled)
     return time.perf_counter() - begin
 
 
@@ -320,6 +335,7 @@ def _read_window(
     ids: Tensor,
     rivals: Sequence[Entry],
     where: tuple[str, int, int, int],
+    compiled: bool,
     stages: Stages,
 ) -> Iterator[LmRow]:
     """All methods on one window; dense comes first, and the others are compared with it."""
@@ -329,7 +345,7 @@ def _read_window(
     for entry in rivals:
         stages.begin(f"{where[0]}, {where[1]} tokens, {entry.method}")
         begin = time.perf_counter()
-        with planned(model, entry.config) as plans:
+        with planned(model, entry.config, compiled=compiled) as plans:
             logits = next_token_logits(model, ids)
         seconds = time.perf_counter() - begin
         nll = token_nll(logits, ids)
@@ -350,12 +366,13 @@ def _ask(
     examples: Sequence[tuple[int, Example]],
     rivals: Sequence[Entry],
     length: int,
+    compiled: bool,
     stages: Stages,
 ) -> Iterator[TaskRow]:
     """All methods on all questions of one length."""
     for entry in rivals:
         stages.begin(f"prompts of {length} tokens, {entry.method}, cost")
-        cost = prompt_cost(model, examples[0][1].prompt, entry.config)
+        cost = prompt_cost(model, examples[0][1].prompt, entry.config, compiled=compiled)
         stages.end()
         for number, example in examples:
             stages.begin(f"{example.task}, {length} tokens, {entry.method}")

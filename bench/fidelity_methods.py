@@ -6,12 +6,14 @@ one free parameter, chosen so that a plan for the length at hand costs what the 
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ TO_THE_LETTER: dict[str, Any] = {"unit_size": 1, "align": False}
 """Every token leaves the window by itself, when its time has come."""
 CHUNK = 256
 """Positions whose log-probabilities over the vocabulary are formed at a time."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,19 +211,24 @@ class Planned:
         return statistics.mean(self.costs) if self.costs else 1.0
 
 
+def planning(compiled: bool) -> AbstractContextManager[Any]:
+    """Plans are made by compiled code, of which every configuration needs its own, or without."""
+    return nullcontext() if compiled else torch.compiler.set_stance("force_eager")
+
+
 @contextmanager
-def planned(model: Any, config: DGAConfig | None) -> Iterator[Planned]:
+def planned(model: Any, config: DGAConfig | None, *, compiled: bool = False) -> Iterator[Planned]:
     """Plan every layer of a transformers model by `config`, or leave it dense (None).
 
-    Planning runs uncompiled, since its compilation, one for each configuration, would take longer
-    than a table. Attention itself is compiled and shared.
+    Compiling a planner takes as long as planning some ten thousand tokens without. Attention
+    itself is always compiled, and shared.
     """
     found = Planned()
 
     def attend(x: QKV) -> Tensor:
         assert config is not None
         begin = time.perf_counter()
-        with torch.compiler.set_stance("force_eager"):
+        with planning(compiled):
             plan = make_plan(x.query, x.key, x.value, config=config, scale=x.scale)
         found.seconds.append(time.perf_counter() - begin)
         found.costs.append(plan.cost())
@@ -230,27 +238,42 @@ def planned(model: Any, config: DGAConfig | None) -> Iterator[Planned]:
         yield found
 
 
-def prompt_cost(model: Any, prompt: Sequence[int], config: DGAConfig | None) -> float:
+def prompt_cost(
+    model: Any, prompt: Sequence[int], config: DGAConfig | None, *, compiled: bool = False
+) -> float:
     """Cost of the plans for a prompt: read off the model where the data decide on it."""
     if config is None:
         return 1.0
     if not config.opens or config.open_mass == 0:
         return plan_cost(config, len(prompt))
     ids = torch.tensor([prompt], device=model.device)
-    with planned(model, config) as plans:
+    with planned(model, config, compiled=compiled) as plans:
         model(ids, use_cache=False, logits_to_keep=1)
     return plans.cost
 
 
-def compile_kernel(model: Any, config: DGAConfig, length: int) -> None:
+def compile_kernel(model: Any, config: DGAConfig, length: int, *, compiled: bool = False) -> None:
     """Compile attention for the model's heads, if `config` needs a kernel that is not there yet.
+
+    Where plans are made by compiled code, it is compiled too.
 
     The length is that of the texts to come, so that whatever depends on it is compiled here.
     """
     query, key, value = random_like(model, length)
-    with torch.compiler.set_stance("force_eager"):
+    with planning(compiled):
         plan = make_plan(query, key, value, config=config)
     dga_attention(query, key, value, config=config, plan=plan)
+
+
+def keep_memory() -> None:
+    """Have glibc keep what is freed: tensors of megabytes come back with every layer.
+
+    Fresh from the system they would take as long as the arithmetic on them. Elsewhere nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            mallopt(option, 2**31 - 1)
 
 
 # What is read off a model's logits

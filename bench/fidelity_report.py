@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -18,8 +19,8 @@ LM_LEGEND = {
     "NLL, tail": "nats per token of the text; of its second half.",
     "KL": "KL(dense || method) over the second half, nats per token.",
     "top-1": "share of the second half's positions whose likeliest token is dense's.",
-    "s (plan)": "seconds of the forward pass; of planning in it, which is not compiled here. For "
-    "speed see `flexdga-bench attention`.",
+    "s (plan)": "seconds of the forward pass; of planning in it, which `--quick` does not compile. "
+    "For speed see `flexdga-bench attention`.",
 }
 TASK_LEGEND = {
     "cost": "of the first prompt: score entries in its plans over dense causal ones.",
@@ -117,27 +118,31 @@ class FidelityReport:
             writer.writerows(dataclasses.asdict(row) for row in self.tasks)
 
     def _plot(self, path: str) -> None:
-        """KL over cost at the greatest length: a line per method, a panel per text."""
+        """KL over cost: a line per method, a column of panels per text, a row per length."""
         from matplotlib.figure import Figure
 
         texts = list(dict.fromkeys(row.text for row in self.lm))
-        figure = Figure(figsize=(1 + 4.5 * len(texts), 4.5), layout="constrained")
-        panels = figure.subplots(1, len(texts), squeeze=False)[0]
-        for axes, text in zip(panels, texts):
-            rows = [row for row in self.lm if row.text == text]
-            longest = max(row.length for row in rows)
+        lengths = sorted({row.length for row in self.lm})
+        methods = list(dict.fromkeys(row.method for row in self.lm))
+        size = (1 + 4.5 * len(texts), 0.5 + 4 * len(lengths))
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(len(lengths), len(texts), squeeze=False)
+        for axes, (length, text) in zip(panels.flat, itertools.product(lengths, texts)):
             points: dict[str, list[tuple[float, float]]] = {}
-            for group in _groups([row for row in rows if row.length == longest]):
+            own = [row for row in self.lm if (row.text, row.length) == (text, length)]
+            for group in _groups(own):
                 if (kl := _mean(group, "kl")) > 0:  # not dense
                     points.setdefault(group[0].method, []).append((_mean(group, "cost"), kl))
             for method, found in points.items():
-                axes.plot(*zip(*sorted(found)), marker="o", label=method)
-            axes.set(
-                xlabel="cost (share of dense)", yscale="log", title=f"{text}, {longest} tokens"
-            )
+                color = f"C{methods.index(method) - 1}"  # dense is the first
+                axes.plot(*zip(*sorted(found)), marker="o", label=method, color=color)
+            axes.set(yscale="log", title=f"{text}, {length} tokens")
             axes.grid(alpha=0.3, which="both")
-        panels[0].set_ylabel("KL(dense || method), nats per token")
-        panels[-1].legend(fontsize="small")
+        for axes in panels[-1]:
+            axes.set_xlabel("cost (share of dense)")
+        for axes in panels[:, 0]:
+            axes.set_ylabel("KL(dense || method), nats per token")
+        panels[0, -1].legend(fontsize="small")
         figure.suptitle(f"{self.header['model']}\n{self.header['hardware']}", fontsize="small")
         figure.savefig(path, dpi=150)
 

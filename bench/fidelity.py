@@ -53,7 +53,8 @@ class Defaults:
 
     Attributes:
         beyond: methods at lengths beyond the first, unless methods are named.
-        compiled: whether plans are made by compiled code, which pays over several windows.
+        beyond_budgets: budgets there of what is read, unless budgets are named.
+        compiled: whether openings are planned by compiled code, which pays over several windows.
     """
 
     tasks: tuple[str, ...]
@@ -63,6 +64,7 @@ class Defaults:
     methods: tuple[str, ...]
     beyond: tuple[str, ...]
     budgets: tuple[float, ...]
+    beyond_budgets: tuple[float, ...]
     needles: tuple[Variant, ...]
     task_lengths: tuple[int, ...]
     task_budgets: tuple[float, ...]
@@ -73,12 +75,13 @@ class Defaults:
 BEST = ("auto", "exact", "streaming_llm", "h2o", "block_selection")
 FULL = Defaults(
     TASKS, 2, (4096, 8192), 3, tuple(name for name in METHODS if name != "default"), BEST,
-    (0.10, 0.15, 0.22), VARIANTS, (1024, 4096), (0.15,), (0.1, 0.5, 0.9), True,
+    (0.10, 0.15, 0.22), (0.10,), VARIANTS, (1024, 4096), (0.15,), (0.1, 0.5, 0.9), True,
 )  # fmt: skip
 """The default is auto at .15."""
+FEW = ("auto", "paper", "streaming_llm", "h2o")
 QUICK = Defaults(
-    ("lm", "needle"), 1, (2048,), 1, ("auto", "paper", "streaming_llm", "h2o"), (), (0.15,),
-    ("single",), (1024,), (0.15,), (0.5,), False,
+    ("lm", "needle"), 1, (2048,), 1, FEW, FEW, (0.15,), (0.15,), ("single",), (1024,), (0.15,),
+    (0.5,), False,
 )  # fmt: skip
 
 
@@ -112,7 +115,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--methods", type=names, metavar="M,...",
         help=f"of {', '.join(METHODS)} (default all, but some for greater lengths); dense always "
         "comes first")  # fmt: skip
-    add("--budgets", type=shares, metavar="B,...", help="shares of dense (default .10,.15,.22)")
+    add("--budgets", type=shares, metavar="B,...",
+        help="shares of dense (default .10,.15,.22; beyond the first length .10)")  # fmt: skip
     add("--config", nargs="+", metavar="KEY=VALUE",
         help="one more method, called config: fields of DGAConfig, or a preset=")  # fmt: skip
     add("--lengths", type=ints, metavar="L,...", help="tokens to read (default 4096,8192)")
@@ -195,8 +199,8 @@ def _check(a: argparse.Namespace) -> Options:
     standard = dataclasses.asdict(QUICK if a.quick else FULL)
     given = {name: getattr(a, name, None) for name in standard}
     fields = standard | {name: value for name, value in given.items() if value is not None}
-    if a.methods is not None:
-        fields["beyond"] = a.methods
+    fields["beyond"] = a.methods or fields["beyond"]
+    fields["beyond_budgets"] = a.budgets or fields["beyond_budgets"]
     for name, allowed in (("tasks", TASKS), ("methods", tuple(METHODS)), ("needles", VARIANTS)):
         if wrong := [item for item in fields[name] if item not in allowed]:
             raise UsageError(f"--{name} {','.join(wrong)}: expected some of: {', '.join(allowed)}")
@@ -265,13 +269,14 @@ def _open(chosen: Options) -> tuple[Any, Encode, list[int]]:
 
 
 def _entries(chosen: Options, length: int, scope: Scope) -> list[Entry]:
-    first = (chosen.lengths if scope == "causal" else chosen.task_lengths)[0]
+    first, budgets = chosen.task_lengths[0], chosen.task_budgets
+    if scope == "causal":
+        first = chosen.lengths[0]
+        budgets = chosen.budgets if length == first else chosen.beyond_budgets
     methods = [METHODS[n] for n in (chosen.methods if length == first else chosen.beyond)]
     if chosen.config is not None:
         methods.append(fixed("config", chosen.config, "--config"))
-    return entries(
-        methods, chosen.budgets if scope == "causal" else chosen.task_budgets, length, scope
-    )
+    return entries(methods, budgets, length, scope)
 
 
 def _windows(

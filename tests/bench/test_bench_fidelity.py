@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import dataclasses
 import json
@@ -11,6 +12,7 @@ import pytest
 import torch
 from flexdga_bench.cli import main
 from flexdga_bench.errors import UsageError
+from flexdga_bench.fidelity import Options, _check, _entries, add_arguments
 from flexdga_bench.fidelity_methods import (
     METHODS,
     compare,
@@ -365,3 +367,30 @@ def test_wrong_options(extra, says, model_path, capsys):
 def test_a_folder_without_a_model(tmp_path, capsys):
     assert main(["fidelity", "--model", str(tmp_path)]) == 2
     assert "expected a model's folder" in capsys.readouterr().err
+
+
+def parsed(*argv: str) -> Options:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return _check(parser.parse_args(argv))
+
+
+def test_greater_lengths_have_fewer_methods_unless_they_are_named(model_path):
+    model = ["--model", str(model_path)]
+    full = parsed(*model)
+    first, beyond = (
+        {(e.method, e.budget) for e in _entries(full, length, "causal")} for length in full.lengths
+    )
+    assert {"dense", "cca", "auto", "exact"} < {name for name, _ in first} > {n for n, _ in beyond}
+    assert ("auto", 0.15) in first and {budget for _, budget in beyond} == {None, 0.10}
+    named = parsed(*model, "--methods", "cca,auto", "--budgets", ".2,.3")
+    for length in named.lengths:
+        found = [(e.method, e.budget) for e in _entries(named, length, "causal")]
+        assert found == [("dense", None), *((m, b) for m in ("cca", "auto") for b in (0.2, 0.3))]
+
+
+def test_a_budget_is_of_the_length_at_hand():
+    of = {n: METHODS["auto"].at(0.10, n, "causal") for n in (1024, 4096, 8192)}
+    assert of[1024] == of[4096] == DGAConfig.auto(0.10, scope="causal", dense_below=0)
+    assert of[8192] == DGAConfig.auto(0.20, scope="causal", dense_below=0)
+    assert METHODS["exact"].at(0.4, 8192, "causal").open_mass > 0  # no more than auto allows

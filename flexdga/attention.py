@@ -218,7 +218,8 @@ def _in_steps(
 ) -> tuple[Tensor, Tensor, Tensor, Documents]:
     """Everything padded to whole steps of the plan."""
     length, step = query.shape[2], config.step
-    fill = -length % step
+    # Not `-length % step`: of that a compiler does not see that one step at least is filled.
+    fill = (length + step - 1) // step * step - length
     if not torch.compiler.is_compiling() and length <= step:
         fill += step  # two steps at least: our own compilations would specialise on one
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from flexdga.config import DGAConfig
 from flexdga.plan import Plan
@@ -55,7 +56,7 @@ def check_inputs(
             f"value: expected {_shape(key)[:3]} and a head_dim to fit the key, got {_shape(value)}"
         )
     for dim, size in zip(("batch", "heads", "length", "head_dim"), query.shape):
-        if size == 0:
+        if guard_or_false(size == 0):  # a compiler may be told that it does not know the batch
             raise ValueError(f"query: expected a {dim} of at least 1, got {_shape(query)}")
     if key.shape[1] == 0 or heads % key.shape[1]:
         raise ValueError(

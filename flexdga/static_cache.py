@@ -198,11 +198,12 @@ def _pool(state: State, time: Tensor, layout: Layout, scale: float) -> None:
     unit = torch.arange(layout.stretch * config.unit_size, device=time.device)
     token = before * config.unit_size + unit
     index = token % ring
+    factor: Any = torch.full((), scale, device=time.device)  # `cond` takes no symbolic float
 
     def pooled(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         first = torch.where(token <= time, 0, NEVER).to(torch.int32).expand(*key.shape[:2], -1)
         query, key, value = (x[:, :, :ring].index_select(2, index) for x in (query, key, value))
-        made = _slots(query, key, value, first, before * config.unit_size, layout, scale)
+        made = _slots(query, key, value, first, before * config.unit_size, layout, factor)
         return tuple(x[:, :, : layout.at_once].flatten(2, 3).contiguous() for x in made)
 
     def nothing(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:

@@ -10,10 +10,13 @@ import sys
 import pytest
 import torch
 from helpers import TOLERANCE, qkv, relative_error, small
+from plain_models import NanoGPT
 from test_export_decode import CAPACITY, CONFIGS, generated, llama, tokens
 from test_planner import layout_arguments
+from torch._dynamo.decorators import mark_unbacked
 from torch._dynamo.utils import counters
 
+import flexdga
 from flexdga import DGAConfig, dga_attention, make_plan, reference
 
 
@@ -156,14 +159,30 @@ def test_another_process_finds_what_was_compiled_on_disk(tmp_path):
     assert "fxgraph_cache_miss" not in again
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_prompt_and_step_are_two_graphs_for_all_lengths(backend):
-    """Over tensors of fixed size, generation too; a batch of one row is compiled once more."""
+def of_any_batch(*tensors):
+    """Tells compilers not to look at the batch: of one row they would make another graph."""
+    for tensor in tensors:
+        if tensor.dim():
+            mark_unbacked(tensor, 0, hint_override=2, shape_id="batch", min=1)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("openings", "eager"),
+        pytest.param("groups", "eager", marks=pytest.mark.slow),
+        pytest.param("window", "inductor", marks=pytest.mark.slow),
+        pytest.param("openings", "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_prompt_and_step_are_two_graphs_for_all_lengths_and_batches(name, backend):
+    """Over tensors of fixed size, generation too."""
     from flexdga.entry_points import Prompt, Step
 
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = llama(CONFIGS["window"], layers=2)  # of one, Dynamo forgets nothing
+    model = llama(CONFIGS[name], layers=2)  # of one, Dynamo forgets nothing
     prompt, step = (
         torch.compile(entry(model, CAPACITY), fullgraph=True, dynamic=True, backend=backend)
         for entry in (Prompt, Step)
@@ -171,15 +190,46 @@ def test_prompt_and_step_are_two_graphs_for_all_lengths(backend):
     seen = []
     for batch, length in ((3, 200), (2, 133), (4, 301), (1, 77), (1, 250)):
         first = tokens(batch, length)
-        logits, *state = prompt(first)
+        logits, *state = prompt(*of_any_batch(first))
         out = [first]
         for _ in range(40):
             out.append(logits.argmax(-1))
-            logits = step(out[-1], *state)
+            logits = step(*of_any_batch(out[-1], *state))
         with torch.compiler.set_stance("force_eager"):
             assert torch.equal(torch.cat(out, 1), generated(model, first, 40))
         seen.append(graphs())
-    assert seen == [2, 2, 2, 4, 4], seen
+    assert seen == [2, 2, 2, 2, 2], seen
+
+
+@pytest.mark.parametrize("marked", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["transformers", pytest.param("plain", marks=pytest.mark.slow)])
+def test_a_wrapped_model_is_compiled_twice_at_most(kind, marked):
+    """Whatever the lengths, the padding and the rows; once if the batch is marked."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = CONFIGS["openings"]
+    model = llama(config) if kind == "transformers" else flexdga.wrap(NanoGPT().eval(), config)
+
+    def call(function, tokens, mask):
+        if kind == "plain":
+            return function(tokens)
+        return function(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    seen = []
+    for batch, length, padded in (
+        (3, 200, slice(0)), (2, 133, slice(50)), (1, 77, slice(0)), (4, 300, slice(200, None)),
+        (1, 250, slice(90)), (2, 160, slice(0)),
+    ):  # fmt: skip
+        inputs = tokens(batch, length), torch.ones(batch, length, dtype=torch.int64)
+        inputs[1][0, padded] = 0
+        got = call(compiled, *(of_any_batch(*(x.clone() for x in inputs)) if marked else inputs))
+        with torch.compiler.set_stance("force_eager"):
+            real = inputs[1].bool() if kind == "transformers" else ...
+            want = call(model, *inputs)
+            assert relative_error(got[real], want[real]) < TOLERANCE[torch.float32]
+        seen.append(graphs())
+    assert seen == ([1] * 6 if marked else [1, 1, 2, 2, 2, 2])
 
 
 def test_no_create_block_mask_on_the_way(monkeypatch):

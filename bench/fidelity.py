@@ -14,7 +14,7 @@ import time
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from .fidelity_methods import (
     entries,
     fixed,
     keep_memory,
+    logits_over_cache,
     next_token_logits,
     planned,
     prompt_cost,
@@ -97,6 +98,7 @@ class Options(Defaults):
     device: torch.device
     threads: int | None
     config: DGAConfig | None
+    slots: str | None
     json: str | None
     csv: str | None
     plot: str | None
@@ -119,6 +121,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="shares of dense (default .10,.15,.22; beyond the first length .10)")  # fmt: skip
     add("--config", nargs="+", metavar="KEY=VALUE",
         help="one more method, called config: fields of DGAConfig, or a preset=")  # fmt: skip
+    add("--slots", choices=("float", "int8"),
+        help="of DGACache; texts are then read over one too, 64 tokens at a time")  # fmt: skip
     add("--lengths", type=ints, metavar="L,...", help="tokens to read (default 4096,8192)")
     add("--windows", type=options.positive_int, metavar="N",
         help="stretches of each text, spread over it (default 3)")  # fmt: skip
@@ -159,9 +163,9 @@ def run(arguments: argparse.Namespace) -> int:
         for (text, length), found in windows.items():
             for index, (offset, ids) in enumerate(found):
                 where = (text, length, index, offset)
-                rows += _read_window(model, ids, lm[length], where, chosen.compiled, stages)
+                rows += _read_window(model, ids, lm[length], where, chosen, stages)
         for length, made in examples.items():
-            task_rows += _ask(model, made, tasks[length], length, chosen.compiled, stages)
+            task_rows += _ask(model, made, tasks[length], length, chosen, stages)
     limit = getattr(model.config, "max_position_embeddings", None)
     shown = [METHODS[name] for name in chosen.methods]
     report = FidelityReport(
@@ -175,6 +179,7 @@ def run(arguments: argparse.Namespace) -> int:
             "with DGACache; dense_below=0 everywhere",
             "texts": ", ".join(chosen.read),
             "lengths": {"lm": list(lm), "prompts": list(tasks)},
+            "slots": "none while a text is read" if chosen.slots is None else chosen.slots,
             "seed": chosen.seed,
             "methods": {method.name: method.what for method in shown},
             "config": "none" if chosen.config is None
@@ -211,8 +216,8 @@ def _check(a: argparse.Namespace) -> Options:
     return Options(
         **fields | {"texts": len(read)}, model=a.model, read=read, examples=a.examples,
         seed=a.seed, dtype=options.DTYPES[a.dtype],
-        device=options.check_device(a.device), threads=a.threads, config=config, json=a.json,
-        csv=a.csv, plot=a.plot,
+        device=options.check_device(a.device), threads=a.threads, config=config, slots=a.slots,
+        json=a.json, csv=a.csv, plot=a.plot,
     )  # fmt: skip
 
 
@@ -340,7 +345,7 @@ def _read_window(
     ids: Tensor,
     rivals: Sequence[Entry],
     where: tuple[str, int, int, int],
-    compiled: bool,
+    chosen: Options,
     stages: Stages,
 ) -> Iterator[LmRow]:
     """All methods on one window; dense comes first, and the others are compared with it."""
@@ -350,8 +355,15 @@ def _read_window(
     for entry in rivals:
         stages.begin(f"{where[0]}, {where[1]} tokens, {entry.method}")
         begin = time.perf_counter()
-        with planned(model, entry.config, compiled=compiled) as plans:
-            logits = next_token_logits(model, ids)
+        plan_s = 0.0
+        if chosen.slots is None or entry.config is None:
+            with planned(model, entry.config, compiled=chosen.compiled) as plans:
+                logits = next_token_logits(model, ids)
+            cost, plan_s = plans.cost, sum(plans.seconds)
+        else:
+            cost = prompt_cost(model, ids[0].tolist(), entry.config, compiled=chosen.compiled)
+            begin = time.perf_counter()
+            logits = logits_over_cache(model, ids, entry.config, _kv_dtype(chosen.slots))
         seconds = time.perf_counter() - begin
         nll = token_nll(logits, ids)
         if dense is None:
@@ -360,9 +372,9 @@ def _read_window(
         del logits
         stages.end()
         yield LmRow(
-            *where, entry.method, entry.budget, _fields(entry.config), cost=plans.cost,
+            *where, entry.method, entry.budget, _fields(entry.config), cost=cost,
             nll=nll.mean().item(), tail_nll=nll[half:].mean().item(), kl=kl, top1=top1,
-            plan_s=sum(plans.seconds), seconds=seconds,
+            plan_s=plan_s, seconds=seconds,
         )  # fmt: skip
 
 
@@ -371,18 +383,18 @@ def _ask(
     examples: Sequence[tuple[int, Example]],
     rivals: Sequence[Entry],
     length: int,
-    compiled: bool,
+    chosen: Options,
     stages: Stages,
 ) -> Iterator[TaskRow]:
     """All methods on all questions of one length."""
     for entry in rivals:
         stages.begin(f"prompts of {length} tokens, {entry.method}, cost")
-        cost = prompt_cost(model, examples[0][1].prompt, entry.config, compiled=compiled)
+        cost = prompt_cost(model, examples[0][1].prompt, entry.config, compiled=chosen.compiled)
         stages.end()
         for number, example in examples:
             stages.begin(f"{example.task}, {length} tokens, {entry.method}")
             begin = time.perf_counter()
-            found = answer(model, example, entry.config)
+            found = answer(model, example, entry.config, _kv_dtype(chosen.slots))
             seconds = time.perf_counter() - begin
             stages.end()
             yield TaskRow(
@@ -390,6 +402,10 @@ def _ask(
                 _fields(entry.config), cost=cost, **dataclasses.asdict(found),
                 answer_tokens=len(example.answer), seconds=seconds,
             )  # fmt: skip
+
+
+def _kv_dtype(slots: str | None) -> Literal["int8"] | None:
+    return "int8" if slots == "int8" else None
 
 
 def _fields(config: DGAConfig | None) -> dict[str, Any]:

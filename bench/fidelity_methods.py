@@ -14,12 +14,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from flexdga import DGAConfig, dga_attention, make_plan
+from flexdga import DGACache, DGAConfig, applied, dga_attention, make_plan
 from flexdga.config import Scope
 
 from .attended import attended_by
@@ -35,6 +35,8 @@ TO_THE_LETTER: dict[str, Any] = {"unit_size": 1, "align": False}
 CHUNK = 256
 """Positions whose log-probabilities over the vocabulary are formed at a time."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+TURN = 64
+"""Tokens that are read at a time where a text comes over a cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,6 +295,19 @@ def next_token_logits(model: Any, ids: Tensor) -> Tensor:
     """(L - 1, V): what follows each token but the last of (1, L) ids."""
     logits: Tensor = model(ids, use_cache=False).logits[0, :-1]
     return logits
+
+
+def logits_over_cache(
+    model: Any, ids: Tensor, config: DGAConfig, kv_dtype: Literal["int8"] | None
+) -> Tensor:
+    """`next_token_logits`, but the text comes `TURN` tokens at a time, over a `DGACache`."""
+    cache = DGACache(config, model_config=model.config, kv_dtype=kv_dtype)
+    with applied(model, config), torch.compiler.set_stance("eager_on_recompile"):
+        parts = [
+            model(turn, past_key_values=cache, use_cache=True).logits[0]
+            for turn in ids.split(TURN, 1)
+        ]
+    return torch.cat(parts)[:-1]
 
 
 def token_nll(logits: Tensor, ids: Tensor) -> Tensor:

@@ -207,7 +207,12 @@ class Answered:
     kept: float
 
 
-def answer(model: Any, example: Example, config: DGAConfig | None) -> Answered:
+def answer(
+    model: Any,
+    example: Example,
+    config: DGAConfig | None,
+    kv_dtype: Literal["int8"] | None = None,
+) -> Answered:
     """Let a model answer: the prompt in one forward pass, then token by token from the cache.
 
     The true answer is fed, whatever the model says. If each of its tokens is the most likely one
@@ -218,6 +223,7 @@ def answer(model: Any, example: Example, config: DGAConfig | None) -> Answered:
         model: of transformers.
         example: what is asked.
         config: of DGA in prompt and cache; None = the model as it is, with a dense cache.
+        kv_dtype: of the slots of DGA's cache.
     """
     from transformers import DynamicCache
 
@@ -225,7 +231,8 @@ def answer(model: Any, example: Example, config: DGAConfig | None) -> Answered:
         return _fed(model, example, DynamicCache(config=model.config))
     # Plans depend on the config: to compile them all would take longer than to make them.
     with applied(model, config), torch.compiler.set_stance("eager_on_recompile"):
-        return _fed(model, example, DGACache(config, model_config=model.config))
+        cache = DGACache(config, model_config=model.config, kv_dtype=kv_dtype)
+        return _fed(model, example, cache)
 
 
 def _fed(model: Any, example: Example, cache: Any) -> Answered:

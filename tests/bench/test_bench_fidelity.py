@@ -17,6 +17,7 @@ from flexdga_bench.fidelity_methods import (
     METHODS,
     compare,
     fixed,
+    logits_over_cache,
     next_token_logits,
     plan_cost,
     planned,
@@ -26,6 +27,7 @@ from flexdga_bench.fidelity_methods import (
 )
 from flexdga_bench.fidelity_tasks import KEYS, VARIANTS, Example, Maker, answer
 from flexdga_bench.workloads import default_text
+from helpers import TOLERANCE, relative_error
 from tiny_model import save_tiny_model
 
 from flexdga import DGAConfig
@@ -123,6 +125,20 @@ def test_planned_gives_the_model_back(model):
         with planned(model, None) as plans:
             assert torch.equal(next_token_logits(model, ids), before)
     assert plans.cost == 1
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_text_over_a_cache_is_read_as_at_once_but_for_the_slots(model):
+    ids = torch.randint(model.config.vocab_size, (1, LENGTH))
+    config = DGAConfig(
+        rest="group", focal_ratio=1 / 16, open_units=0, window=64, scope="causal", dense_below=0
+    )
+    with torch.no_grad():
+        with planned(model, config):
+            want = next_token_logits(model, ids)
+        got, rounded = (logits_over_cache(model, ids, config, kind) for kind in (None, "int8"))
+    assert relative_error(got, want) < TOLERANCE[torch.float32]
+    assert 1e-4 < relative_error(rounded, want) < 0.02
 
 
 # Methods
@@ -328,12 +344,23 @@ def test_the_command(model_path, tmp_path, capsys):
 
 @pytest.mark.usefixtures("eager")
 def test_quick_takes_options_and_json_goes_to_stdout(model_path, capsys):
-    argv = ["fidelity", "--model", str(model_path), "--quick", *OPTIONS, "--json", "-"]
+    argv = [
+        "fidelity",
+        "--model",
+        str(model_path),
+        "--quick",
+        *OPTIONS,
+        "--json",
+        "-",
+        "--slots",
+        "int8",
+    ]
     assert main(argv) == 0
     shown = capsys.readouterr()
     found = json.loads(shown.out)
     assert {row["text"] for row in found["lm"]} == {"English"}
     assert {row["task"] for row in found["tasks"]} == {"needle single"}
+    assert found["header"]["slots"] == "int8"
     assert [line for line in shown.err.splitlines() if len(line) > 80] == []
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -55,7 +55,8 @@ def open_table(
 ) -> Tensor:
     """`openings` of a whole sequence, a stretch of queries at a time: (B, H, L / I, L / U).
 
-    Inside a compiler it is one stretch, whose scores of units take B·H·L·N numbers.
+    Inside a compiler it is one stretch, whose scores of units take B·H·L·N numbers; on a GPU, one
+    for each KV head, of B·(H / Hkv)·L·N: thousands of tokens are enough to keep it busy.
 
     Args:
         query: (B, H, L, D).
@@ -132,6 +133,9 @@ def in_stretches(
 
     coarsens = is_causal and not all_fine(past + blocks * rows, config)
     if torch.compiler.is_compiling():
+        if query.device.type != "cpu":
+            alone = functools.partial(openings, config=config, is_causal=is_causal, scale=scale)
+            return torch.cat([alone(*head) for head in each_head(query, around, units)], 1)
         made = table(0, blocks, count)
         # The kernel's mask captures it, and Inductor takes the result of a `cat` as it is.
         return torch.cat([made[:, :, :1], made[:, :, 1:]], 2)
@@ -159,6 +163,16 @@ def in_stretches(
         reach = min(-(-(past + end * rows) // size // 16) * 16, count) if is_causal else count
         whole[:, :, first:end, :reach] = table(first, end, reach)
     return whole
+
+
+def each_head(
+    query: Tensor, around: QueryBlocks, units: Units
+) -> Iterator[tuple[Tensor, QueryBlocks, Units]]:
+    """What `openings` takes, a KV head at a time."""
+    kv_heads = units.key.shape[1]
+    near_keys, keys = around.near_key.split(1, 1), units.key.split(1, 1)
+    for mine, near_key, key in zip(query.split(query.shape[1] // kv_heads, 1), near_keys, keys):
+        yield mine, around._replace(near_key=near_key), units._replace(key=key)
 
 
 def _long_past(

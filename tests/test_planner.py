@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from flexdga import DGAConfig, make_plan, reference
 from flexdga.config import COARSE
 from flexdga.estimates import unit_documents, unit_features
+from flexdga.opening import openings
 from flexdga.plan import NEVER
 from flexdga.planner import documents
+from flexdga.stretches import each_head, prepared
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -215,6 +217,20 @@ def test_exact_estimates_are_the_same_however_many_units_are_weighed_together(
         tables.append(plan.open < NEVER)
     assert torch.equal(*tables)
     assert 0.05 < tables[0].float().mean() < 0.9
+
+
+@pytest.mark.parametrize("opener", [{}, {"open_by": "exact"}, {"open_units": 2}], ids=str)
+def test_a_kv_head_opens_the_same_alone(opener):
+    """As a compiler for a GPU has it."""
+    query, key, _ = qkv(2, 6, 2, 256)
+    config = small(**{"open_units": None, "unit_size": 16, "open_mass": 0.05} | opener)
+    docs = documents(None, torch.tensor([256, 150]), (2, 256), query.device)
+    around, units = prepared(key, docs.first, config=config, is_causal=True)
+    choices = {"config": config, "is_causal": True, "scale": 0.6}
+    together = openings(query, around, units, **choices)
+    assert 0 < (together < NEVER).sum() < together.numel() / 2
+    alone = [openings(*head, **choices) for head in each_head(query, around, units)]
+    assert torch.equal(torch.cat(alone, 1), together)
 
 
 @given(planner=planners, opener=st.one_of(st.just({}), openers), layout=layouts, length=lengths)

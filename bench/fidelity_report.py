@@ -124,9 +124,9 @@ class FidelityReport:
         texts = list(dict.fromkeys(row.text for row in self.lm))
         lengths = sorted({row.length for row in self.lm})
         methods = list(dict.fromkeys(row.method for row in self.lm))
-        size = (1 + 4.5 * len(texts), 0.5 + 4 * len(lengths))
+        size = (1 + 4.5 * len(texts), 1 + 4 * len(lengths))
         figure = Figure(figsize=size, layout="constrained")
-        panels = figure.subplots(len(lengths), len(texts), squeeze=False)
+        panels = figure.subplots(len(lengths), len(texts), squeeze=False, sharex=True)
         for axes, (length, text) in zip(panels.flat, itertools.product(lengths, texts)):
             points: dict[str, list[tuple[float, float]]] = {}
             own = [row for row in self.lm if (row.text, row.length) == (text, length)]
@@ -142,7 +142,8 @@ class FidelityReport:
             axes.set_xlabel("cost (share of dense)")
         for axes in panels[:, 0]:
             axes.set_ylabel("KL(dense || method), nats per token")
-        panels[0, -1].legend(fontsize="small")
+        lines = panels[0, 0].get_legend_handles_labels()
+        figure.legend(*lines, loc="outside lower center", ncols=5, fontsize="small")
         figure.suptitle(f"{self.header['model']}\n{self.header['hardware']}", fontsize="small")
         figure.savefig(path, dpi=150)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flexdga.config import DGAConfig
-from flexdga.indexing import put, take
+from flexdga.indexing import put, stored, take
 from flexdga.plan import NEVER, Plan
 
 T = TypeVar("T", int, Tensor)
@@ -146,7 +146,5 @@ def _stored(x: Tensor, step: int) -> Tensor:
     Inductor (torch 2.13) would compute it anew inside the mask, or fail to. On CPU it stores the
     result of a `cat`, but not of one with nothing, which it drops; cut at a whole step, because it
     splits loops in which positions are divided into units, and leaves the rest of a length out.
-    Elsewhere it stores what is read with other strides.
     """
-    x = torch.cat([x[..., :step], x[..., step:]], -1)
-    return x if x.device.type == "cpu" else x.as_strided(x.shape, x.stride())
+    return stored(torch.cat([x[..., :step], x[..., step:]], -1))

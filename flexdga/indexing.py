@@ -75,3 +75,11 @@ def heads_per_kv_head(query_heads: int, kv_heads: int) -> int:
     The kernel's mods divide by it; `range` is what makes a symbolic integer a constant.
     """
     return len(range(query_heads)) // len(range(kv_heads))
+
+
+def stored(x: Tensor) -> Tensor:
+    """`x` as a tensor in memory, where a compiler for a GPU would compute it for each reader.
+
+    Inductor (torch 2.13) stores there what is to have strides. On CPU nothing is done.
+    """
+    return x if x.device.type == "cpu" else x.as_strided(x.shape, x.stride())

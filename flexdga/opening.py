@@ -19,6 +19,7 @@ from torch import Tensor
 from flexdga.coarse import Columns, column_log_mass
 from flexdga.config import DGAConfig
 from flexdga.estimates import Units, far_log_mass, products
+from flexdga.indexing import stored
 from flexdga.plan import NEVER
 
 BEYOND = 60.0
@@ -240,7 +241,8 @@ def openings(
     asks = around.document == document[..., None]
     total = log_mass(allowed, torch.where(asks, near, torch.finfo(near.dtype).max))
     least = math.log(config.open_mass) if config.open_mass else -math.inf
-    want = far > _stored(total + least)[..., None]
+    # Stored, or a GPU's compiler would store the wishes, query by query: twice the scores.
+    want = far > stored(total + least)[..., None]
     if config.scope == "prompt":
         at = torch.maximum(around.begin[:, None], document[..., None])
     else:
@@ -252,16 +254,6 @@ def openings(
         want = want & open_to[..., None, :]
         since = torch.where(served(want, share, config.open_units, turns=turns), since, NEVER)
     return since
-
-
-def _stored(x: Tensor) -> Tensor:
-    """`x` as a tensor in memory, where a compiler for a GPU would compute it for each reader.
-
-    It has no name for that; what is to have strides, it stores. Otherwise which units are wanted,
-    unit by unit and query by query, would go through memory instead: twice the scores.
-    """
-    stored = x.device.type == "cpu" or not torch.compiler.is_compiling()
-    return x if stored else x.as_strided(x.shape, x.stride())
 
 
 def _hidden(seen: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from flexdga.open_columns import (
 )
 from flexdga.opening import served
 from flexdga.plan import NEVER
-from flexdga.storage import GROWTH, Columns
+from flexdga.storage import Columns, with_spare
 from score_mods import ScoreMod
 
 BLOCKS = 8
@@ -353,7 +353,7 @@ def _append(buffer: Tensor, new: Tensor, used: int, size: int = 1) -> Tensor:
     """
     need = used + new.shape[2]
     if need > buffer.shape[2]:
-        room = int(need // size * GROWTH) * size
+        room = with_spare(need // size) * size
         buffer = F.pad(buffer[:, :, :used], (0, 0, 0, room - used))
     buffer[:, :, used:need] = new
     return buffer

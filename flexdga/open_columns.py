@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexdga.storage import GROWTH, Columns
+from flexdga.storage import Columns, with_spare
 
 Gather = Callable[[list[tuple[int, int]]], tuple[Tensor, Tensor]]
 """From P pairs, of one of B·Hkv heads and a unit, to keys (P, U, D) and values (P, U, Dv)."""
@@ -150,7 +150,7 @@ class OpenColumns:
         """Room for so many."""
         if self._kept and units * self.size <= self._kept[0].shape[2]:
             return
-        room = int(units * GROWTH) * self.size
+        room = with_spare(units) * self.size
         batch, heads = self.unit.shape[:2]
         grown = [x.new_zeros(batch, heads, room, x.shape[-1]) for x in like]
         for new, old in zip(grown, self._kept):

@@ -12,8 +12,9 @@ from torch import Tensor
 from flexdga.int8 import pack, unpack
 from flexdga.plan import NEVER
 
-GROWTH = 1.25
-"""A full buffer is replaced by one this many times as large."""
+SPARE, LEAST_SPARE = 1 / 16, 8
+"""Of a buffer that grows, how much stays free: to copy all of it every so many tokens takes a step of
+decoding next to nothing more, and a cache is there to be small."""
 
 
 class Columns(NamedTuple):
@@ -240,8 +241,8 @@ class SlotBuffer:
         slot_room = self._slot_room
         if raw > self.raw_room or slots > slot_room:
             self._resize(
-                self.raw_room if raw <= self.raw_room else int(raw * GROWTH),
-                slot_room if slots <= slot_room else int(slots * GROWTH),
+                self.raw_room if raw <= self.raw_room else with_spare(raw),
+                slot_room if slots <= slot_room else with_spare(slots),
             )
 
     def bytes(self) -> int:
@@ -291,6 +292,11 @@ class SlotBuffer:
         )
         _write(origins, 0, _cut(old_origins, 0, self.live))
         self._columns, self._origins, self.raw_room = new, origins, raw_room
+
+
+def with_spare(count: int) -> int:
+    """The size of a buffer that is to hold `count`, and grows."""
+    return count + max(int(count * SPARE), LEAST_SPARE)
 
 
 def _cut(tensors: T, begin: int, end: int) -> T:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from flexdga import DGAConfig
+from flexdga.estimates import LANDMARKS
 from flexdga.focal import focal_capacity
 from flexdga.parallel.shards import before, beyond, chunk_size
 from flexdga.planner import group_slots_per_unit
@@ -87,7 +88,7 @@ def bytes_sent(
         sent["bias"] = (world - 1) * slots * heads * 4.0
     if config.opens:
         units = tokens // config.block_size[1]
-        numbers = 2 if config.open_by == "box" else config.block_size[1]
+        numbers = 2 + LANDMARKS if config.open_by == "landmarks" else config.block_size[1]
         feature = numbers * shape.head_dim * 2.0  # in bfloat16
         sent["features of units"] = (world - 1) * units * heads * feature
         sent["requests"] = (world - 1) * world * units * heads

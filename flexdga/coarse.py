@@ -20,7 +20,17 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from flexdga.config import COARSE, DGAConfig
-from flexdga.estimates import Units, far_log_mass, products, query_features
+from flexdga.estimates import (
+    LANDMARKS,
+    Units,
+    best_landmarks,
+    box_of,
+    far_log_mass,
+    landmarks_of,
+    products,
+    query_features,
+    whole_of,
+)
 from flexdga.plan import NEVER
 from flexdga.saying import warn_once
 
@@ -93,15 +103,15 @@ def width(config: DGAConfig) -> int:
 
 
 def coarse_units(units: Units) -> Units:
-    """`COARSE` units each as one: the mean of those of its latest document.
+    """`COARSE` units each as one: the mean of the boxes of those of its latest document.
 
     Two more than there are whole ones, the last of which are never weighed: compilers take a size
     of 0 or 1 for a constant.
     """
-    count = units.first.shape[1]
+    count, dim = units.first.shape[1], units.key.shape[-1] // (2 + LANDMARKS)
     room = (count // COARSE + 2) * COARSE - count
     first = F.pad(units.first, (0, room), value=NEVER).unflatten(1, (-1, COARSE))
-    key = F.pad(units.key, (0, 0, 0, room)).unflatten(2, (-1, COARSE))
+    key = F.pad(box_of(units.key, dim), (0, 0, 0, room)).unflatten(2, (-1, COARSE))
     latest = torch.where(first == NEVER, -1, first).amax(-1)
     mine = first == latest[..., None]
     number = mine.sum(-1).clamp(min=1)
@@ -168,7 +178,10 @@ def column_log_mass(
     q_BGSRCD = query.view(batch, kv_heads, rep, chunks, together, head_dim).transpose(2, 3)
     rows = query_features(q_BGSRCD, scale, config).flatten(3, 4)
     window = key.index_select(2, columns.at.clamp(max=key.shape[2] - 1).flatten())
-    fine = products(rows, window.unflatten(2, (chunks, wide)))
+    window = window.unflatten(2, (chunks, wide))
+    fine = best_landmarks(
+        rows, whole_of(rows), box_of(window, head_dim), landmarks_of(window, head_dim)
+    )
     coarse = products(rows.flatten(2, 3), columns.coarse)
     shape = (batch, kv_heads, chunks, rep, together)
     made = torch.cat([fine.view(*shape, wide), coarse.view(*shape, coarse.shape[-1])], -1)

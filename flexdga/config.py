@@ -19,7 +19,7 @@ Grouping = Literal["similarity", "sequence"]
 GroupWeights = Literal["last_query", "mean", "importance"]
 GroupBias = Literal["none", "mass"]
 Rest = Literal["group", "drop"]
-OpenBy = Literal["box", "exact"]
+OpenBy = Literal["landmarks", "exact"]
 KeepRaw = Literal["none", "full", "int8", "cpu"]
 Prefill = Literal["sparse", "dense"]
 Scope = Literal["prompt", "causal"]
@@ -29,12 +29,12 @@ COARSE = 16
 """Units that are weighed together where they are far away."""
 
 AUTO_BUDGETS = {
-    "box": ((0.06, 0.4), (0.10, 0.12), (0.15, 0.06), (0.22, 0.035), (0.5, 0.006)),
+    "landmarks": ((0.06, 0.17), (0.10, 0.058), (0.15, 0.029), (0.22, 0.0145), (0.5, 0.0022)),
     "exact": ((0.06, 0.065), (0.10, 0.0225), (0.15, 0.010), (0.22, 0.0046), (0.5, 0.0005)),
 }
 """Budgets and the `open_mass` that comes near to them. SmolLM2-135M reading 4096 tokens of English
-cost .046, .090, .146, .207 and .520 by `box`, and .061, .100, .150, .221 and .47 by `exact`; over
-code no more."""
+cost .058, .101, .149, .215 and .485 by `landmarks`, and .061, .100, .150, .221 and .47 by `exact`;
+over code no more."""
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "importance": get_args(Importance),
@@ -89,11 +89,12 @@ class DGAConfig:
             lets through. What one query opens stays open to the end of its query block.
         open_mass: the share of a query's attention that a unit must seem to hold for the query to
             open it, in [0, 1).
-        open_by: how that share is estimated. `box`: from the smallest box around the unit's keys
-            and their mean, 2/`block_size[1]` of the arithmetic of all scores (after Quest, arXiv
-            2406.10774; the blend is flexdga's choice). `exact`: from the best of the unit's keys,
-            for which all scores are computed, in bfloat16, half the arithmetic of dense attention;
-            it opens what is needed and little else.
+        open_by: how that share is estimated. `landmarks`: from the four of the unit's keys that lie
+            farthest from their mean, and the smallest box around the others, 6/`block_size[1]` of
+            the arithmetic of all scores; units more than 4096 to 6144 tokens away by the box alone
+            (the box after Quest, arXiv 2406.10774; the rest is flexdga's choice). `exact`: from the
+            best of the unit's keys, for which all scores are computed, in bfloat16, half the
+            arithmetic of dense attention; it opens what is needed and little else.
         coarse_beyond: a query with more tokens than this to open from weighs and opens units by
             themselves in the last quarter of so many, and sixteen at a time before that, by the
             mean of their estimates, so that planning hardly grows with the length: 8192, for
@@ -136,8 +137,8 @@ class DGAConfig:
     group_bias: GroupBias = "none"
     rest: Rest = "drop"
     open_units: int | None = None
-    open_mass: float = 0.06
-    open_by: OpenBy = "box"
+    open_mass: float = 0.03
+    open_by: OpenBy = "landmarks"
     coarse_beyond: int | None = None
     keep_raw: KeepRaw = "full"
     prefill: Prefill = "sparse"
@@ -278,8 +279,10 @@ class DGAConfig:
         Raises:
             ValueError: the budget is not between 0.06 and 0.5.
         """
-        open_by = changes.get("open_by", "box")
-        budgets = AUTO_BUDGETS.get(open_by, AUTO_BUDGETS["box"])  # wrong ones are refused below
+        open_by = changes.get("open_by", "landmarks")
+        budgets = AUTO_BUDGETS.get(
+            open_by, AUTO_BUDGETS["landmarks"]
+        )  # wrong ones are refused below
         low, high = budgets[0][0], budgets[-1][0]
         if not low <= budget <= high:
             raise ValueError(f"budget: expected {low} to {high}, got {budget!r}")
@@ -394,7 +397,7 @@ class DGAConfig:
     def _derive(self) -> None:
         derive = functools.partial(object.__setattr__, self)
         derive("opens", self.open_units != 0)
-        coarse = self.open_units is None and self.open_by == "box"
+        coarse = self.open_units is None and self.open_by == "landmarks"
         derive("coarsens", coarse and self.coarse_beyond is not None)
         derive("groups", self.rest == "group")
         whole = self.scope == "prompt" and self.grouping == "sequence" and not self.opens

@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 WEIGHTS = {
     "cpu": {
-        "entries": 1.2, "blocks": 75.0, "near": 5.2, "units": 0.6, "keys": 0.48, "probes": 7.0,
+        "entries": 1.2, "blocks": 75.0, "near": 5.2, "units": 0.6, "landmarks": 0.5, "keys": 0.48, "probes": 7.0,
         "tokens": 53.0,
     },
     "cuda": {
-        "entries": 6.5, "blocks": 0.0, "near": 19.0, "units": 6.5, "keys": 2.5, "probes": 4.0,
+        "entries": 6.5, "blocks": 0.0, "near": 19.0, "units": 6.5, "landmarks": 4.2, "keys": 2.5, "probes": 4.0,
         "tokens": 1000.0,
     },
 }  # fmt: skip
@@ -52,7 +52,7 @@ HALF = {"dense": 0.43, "DGA": 0.9}
 """What half precision leaves of both times: measured in bfloat16, which AMX multiplies."""
 DIAGONAL = 512
 """Keys in a block of SDPA's, of which it computes those on the diagonal whole."""
-OPENED = {"box": 0.47, "exact": 0.17}
+OPENED = {"landmarks": 0.24, "exact": 0.17}
 """Units that a query block opens of a long text, times `open_mass`: SmolLM2-135M reading English, 7
 layers. Of a past that is not much longer than what that makes it opens less."""
 DOUBT = 2.0
@@ -155,7 +155,7 @@ def work(config: DGAConfig, case: Case, length: int) -> dict[str, float]:
     """What a call of `dga_attention` does, by kind.
 
     - entries, blocks: that the kernel computes and visits.
-    - near: scores of keys too near to open. units: that queries weigh; keys: of these, by `exact`.
+    - near: scores of keys too near to open. units: that queries weigh; landmarks, keys: of these.
     - probes: scores of the probes.
     - tokens: rows of 64 numbers of query, key and value, that are copied.
     """

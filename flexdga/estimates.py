@@ -1,7 +1,7 @@
 """How much of a query's attention a unit of far away tokens seems to hold.
 
-Estimates are products of the query with what is known of each unit (`Units`): by `box` two vectors
-in place of its keys, by `exact` the keys.
+Estimates are products of the query with what is known of each unit (`Units`): by `landmarks` six
+vectors in place of its keys, by `exact` the keys.
 
 Shape suffixes: B batch, H query heads, G KV heads, R query heads per KV head, C queries, N units, U
 tokens of a unit, T query blocks, I queries of one, D head_dim.
@@ -9,18 +9,30 @@ tokens of a unit, T query blocks, I queries of one, D head_dim.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from flexdga.config import DGAConfig
+from flexdga.indexing import stored_mask
 from flexdga.plan import NEVER
 
-BOX_SHARE = 0.3
-"""How far a unit's estimate goes from its mean key towards the corner of the box around its keys
-that suits the query best. Measured on a real model: bench/RESEARCH.md."""
+Count = TypeVar("Count", int, Tensor)
 
+LANDMARKS = 4
+"""Keys of a unit that are known as they are: those farthest from its mean."""
+BOX_SHARE = 0.225
+"""How far the estimate of the others goes from their mean towards the corner of the box around them
+that suits the query best. Both are measured on a real model: bench/RESEARCH.md."""
+
+NEAR, SEGMENT = 4096, 2048
+"""Causal queries know units by landmarks in the `NEAR` tokens before the present `SEGMENT` of so
+many, and in that, but older ones by their boxes alone: or planning would take three times as long
+where it grows with the square of the length. Segments, so that many queries agree on it."""
+UNIT_NUMBERS = 1 << 22
+"""Of keys, made to features at a time."""
 BFLOAT16_ON_CPU: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 """Whether this CPU has fast bfloat16 products; float32 ones, rounded afterwards, are the same."""
 
@@ -29,7 +41,8 @@ class Units(NamedTuple):
     """What estimates need of each unit.
 
     Attributes:
-        key: bfloat16, (B, Hkv, N, 2D) features for `box`, (B, Hkv, N·U, D) the keys for `exact`.
+        key: bfloat16, (B, Hkv, N, (2 + `LANDMARKS`)·D) features for `landmarks`, of which (B, Hkv,
+            N, 2D) are a box alone; (B, Hkv, N·U, D) the keys for `exact`.
         first: (B, N) int32 first token of the unit's document; NEVER if the unit holds padding or
             parts of two documents, and so never opens.
     """
@@ -42,11 +55,27 @@ def unit_features(key: Tensor, config: DGAConfig) -> Tensor:
     """Features of whole units of keys (B, Hkv, N·U, D), as `Units.key`."""
     if config.open_by == "exact":
         return key.bfloat16()
-    units = key.unflatten(2, (-1, config.block_size[1]))
-    middle = (1 - BOX_SHARE) * units.mean(3)
-    high = BOX_SHARE * units.amax(3) + middle
-    low = BOX_SHARE * units.amin(3) + middle
-    return torch.cat([high, low], -1).bfloat16()
+    units = key.float().unflatten(2, (-1, config.block_size[1]))
+    if torch.compiler.is_compiling() or key.device.type != "cpu":
+        return _landmarks_and_box(units)
+    # As much at a time as stays in a cache.
+    few = max(UNIT_NUMBERS // units[:, :, :1].numel(), 1)
+    return torch.cat([_landmarks_and_box(some) for some in units.split(few, 2)], 2)
+
+
+def _landmarks_and_box(units: Tensor) -> Tensor:
+    """Features of (B, G, N, U, D) units."""
+    mean, number = units.mean(3, keepdim=True), units.shape[3]
+    # Squares of the distances from the mean, but for its own.
+    away = torch.linalg.vector_norm(units, dim=-1).square() - 2 * (units @ mean.mT).squeeze(-1)
+    farthest = away.topk(LANDMARKS, -1).indices[..., None].expand(-1, -1, -1, -1, units.shape[4])
+    landmarks = units.gather(3, farthest)
+    # With the mean in place of landmarks: in hardly any direction is that the others' utmost.
+    others = units.scatter(3, farthest, mean.expand_as(landmarks))
+    middle = (number * mean.squeeze(3) - landmarks.sum(3)) / (number - LANDMARKS)
+    high = torch.lerp(middle, others.amax(3), BOX_SHARE)
+    low = torch.lerp(middle, others.amin(3), BOX_SHARE)
+    return torch.cat([high, low, landmarks.flatten(3)], -1).bfloat16()
 
 
 def unit_documents(first: Tensor, config: DGAConfig) -> Tensor:
@@ -55,13 +84,26 @@ def unit_documents(first: Tensor, config: DGAConfig) -> Tensor:
     return torch.where(units.amin(-1) == units.amax(-1), units[..., 0], NEVER)
 
 
-def far_log_mass(query: Tensor, units: Tensor, config: DGAConfig, scale: float) -> Tensor:
+def units_beyond(before: Count, config: DGAConfig) -> Count:
+    """How many units a causal query block knows by their boxes alone, of those `before` it."""
+    size = config.block_size[1]
+    far = before // (SEGMENT // size) * (SEGMENT // size) - NEAR // size
+    return far * (far > 0)
+
+
+def far_log_mass(
+    query: Tensor,
+    units: Tensor,
+    config: DGAConfig,
+    scale: float,
+    beyond: Tensor | None = None,
+) -> Tensor:
     """(B, H, C, N) estimated log of Σ exp(score) over each unit's tokens, for every query.
 
     A unit counts as one token: what is worth opening stands out of its unit. For `exact` that is
     its best token: to sum them up takes several times as long, and a tenth less need be open then.
-    For `box` it is one somewhere between the mean key and the best corner of the box; counting
-    the box's tokens opened more and found less.
+    For `landmarks` it is the best of these, or one somewhere between the mean of the other keys and
+    the best corner of the box around them; counting the box's tokens opened more and found less.
 
     Scores are bfloat16 products, whatever the dtype of the query, and rounded to bfloat16: a few
     per cent of a unit's mass, of which `open_mass` is a rough bound, for an eighth of the time.
@@ -71,16 +113,79 @@ def far_log_mass(query: Tensor, units: Tensor, config: DGAConfig, scale: float) 
         units: `Units.key`.
         config: `open_by`, `block_size`.
         scale: of the scores.
+        beyond: `units_beyond` of blocks of equally many queries; None: landmarks of all count.
     """
     rows = in_matrices(query_features(query, scale, config), units.shape[1])
-    if config.open_by == "box":
-        far = products(rows, units)
+    if config.open_by == "landmarks":
+        if query.shape[2] == 1:
+            box, best = _of_few(rows, units, query.shape[3])
+        else:
+            box = products(rows, box_of(units, query.shape[3]))
+            best = None
+            if units.shape[3] > rows.shape[3]:
+                landmarks = landmarks_of(units, query.shape[3])
+                best = products(whole_of(rows), landmarks)
+                best = best.unflatten(-1, (LANDMARKS, units.shape[2])).amax(-2)
+        if best is not None and beyond is not None:
+            best = _near_alone(best, beyond, query)
+        far = box if best is None else torch.maximum(best, box)
     elif query.shape[2] == 1:  # keys are rows here, so that none need be moved
         far = products(units.bfloat16(), rows).unflatten(2, (-1, config.block_size[1]))
         far = far.amax(3).mT
     else:
         far = best_keys(rows, by_place(units, config.block_size[1]))
     return far.reshape(*query.shape[:3], far.shape[-1]).float()
+
+
+def _near_alone(best: Tensor, beyond: Tensor, query: Tensor) -> Tensor:
+    """-inf for the units that a block knows by their boxes alone."""
+    (_, heads, count, _), blocks, kv_heads = query.shape, beyond.shape[0], best.shape[1]
+    number = torch.arange(best.shape[-1], dtype=torch.int32, device=best.device)
+    unknown = stored_mask(number >= beyond[:, None])
+    shape = best.shape[0], kv_heads, heads // kv_heads, blocks, count // blocks, best.shape[-1]
+    return best.view(shape).masked_fill(unknown[:, None] < 0, -math.inf).view(best.shape)
+
+
+def best_landmarks(rows: Tensor, query: Tensor, box: Tensor, landmarks: Tensor) -> Tensor:
+    """(..., R, N) bfloat16 estimates by `landmarks`.
+
+    Args:
+        rows: (..., R, 2D) `query_features`.
+        query: (..., R, D) `whole_of` them.
+        box: (..., N, 2D) `box_of` units.
+        landmarks: (..., `LANDMARKS`·N, D) `landmarks_of` them.
+    """
+    best = products(query, landmarks).unflatten(-1, (LANDMARKS, box.shape[-2])).amax(-2)
+    return torch.maximum(best, products(rows, box))
+
+
+def whole_of(rows: Tensor) -> Tensor:
+    """The queries (..., R, D) in bfloat16 whose positive and negative parts are (..., R, 2D)."""
+    positive, negative = rows.chunk(2, -1)
+    return positive + negative
+
+
+def _of_few(rows: Tensor, units: Tensor, dim: int) -> tuple[Tensor, Tensor | None]:
+    """Estimates by boxes and by landmarks for few rows: features are read once, where they are."""
+    if units.shape[-1] == 2 * dim:
+        return products(rows, units.float()), None
+    vectors = units.unflatten(-1, (-1, dim)).flatten(-3, -2).float()
+    halves = rows.unflatten(-1, (2, dim)).flatten(-3, -2).float()
+    score = (halves @ vectors.mT).unflatten(-2, (-1, 2))
+    above, below = score.unflatten(-1, (units.shape[-2], -1)).unbind(-3)
+    box = (above[..., 0] + below[..., 1]).bfloat16()
+    return box, (above[..., 2:] + below[..., 2:]).amax(-1).bfloat16()
+
+
+def box_of(features: Tensor, dim: int) -> Tensor:
+    """(..., N, 2D) of (..., N, 2D or more) features."""
+    return features[..., : 2 * dim]
+
+
+def landmarks_of(features: Tensor, dim: int) -> Tensor:
+    """And (..., `LANDMARKS`·N, D): the first ones of all units, the second, ..."""
+    vectors = features[..., 2 * dim :].unflatten(-1, (LANDMARKS, dim))
+    return vectors.transpose(-3, -2).flatten(-3, -2)
 
 
 def in_matrices(rows: Tensor, kv_heads: int) -> Tensor:
@@ -94,9 +199,9 @@ def in_matrices(rows: Tensor, kv_heads: int) -> Tensor:
 
 
 def query_features(query: Tensor, scale: float, config: DGAConfig) -> Tensor:
-    """bfloat16 queries as `Units.key` wants them: (..., D), or (..., 2D) for `box`."""
+    """bfloat16 queries as `Units.key` wants them: (..., D), or (..., 2D) for `landmarks`."""
     rows = (query * scale).bfloat16()
-    if config.open_by == "box":
+    if config.open_by == "landmarks":
         # q·corner = Σ max(q_d high_d, q_d low_d), the corner being the best one for this query.
         return torch.cat([rows.clamp(min=0), rows.clamp(max=0)], -1)
     return rows
@@ -109,14 +214,14 @@ def by_place(key: Tensor, size: int) -> Tensor:
 
 
 def best_keys(rows: Tensor, key: Tensor) -> Tensor:
-    """(B, G, R, N) bfloat16 score of the best of each unit's keys.
+    """(..., R, N) bfloat16 score of the best of each unit's keys.
 
     Args:
-        rows: (B, G, R, D) bfloat16.
-        key: (B, G, U, N, D) bfloat16, so that the maximum runs over whole vectors of units.
+        rows: (..., R, D) bfloat16.
+        key: (..., U, N, D) bfloat16, so that the maximum runs over whole vectors of units.
     """
-    score = products(rows, key.flatten(2, 3))
-    return score.unflatten(-1, key.shape[2:4]).amax(-2)
+    score = products(rows, key.flatten(-3, -2))
+    return score.unflatten(-1, key.shape[-3:-1]).amax(-2)
 
 
 def products(rows: Tensor, units: Tensor) -> Tensor:

@@ -16,11 +16,13 @@ from flexdga.coarse import coarse_units, first_fine
 from flexdga.config import COARSE, DGAConfig
 from flexdga.estimates import (
     Units,
+    box_of,
     far_log_mass,
     in_matrices,
     products,
     unit_documents,
     unit_features,
+    units_beyond,
 )
 from flexdga.exact import attend_all
 from flexdga.int8 import pack, unpack
@@ -90,7 +92,7 @@ class FarUnits:
 
     def _features_of(self, key: Tensor) -> Tensor | None:
         """What estimates read of units, in the dtype in which few products are fast."""
-        if self.config.open_by == "box":
+        if self.config.open_by == "landmarks":
             features = unit_features(key, self.config)
             return features.float() if key.device.type == "cpu" else features
         kept = self.config.keep_raw == "full" and key.dtype != torch.bfloat16
@@ -197,16 +199,21 @@ class FarUnits:
         units, config = self._features, self.config
         if units is None:
             units = _restored(self._kept[: len(self._kept) // 2]).to(query.device)
+        before = max(block * config.block_size[0] - config.window + 1, 0) // config.block_size[1]
         if config.coarsens and block != self._coarse_of:
             self._coarse_of = block
-            before = max(block * config.block_size[0] - config.window + 1, 0)
-            at = torch.tensor(before // config.block_size[1], dtype=torch.int32)
-            self._least = int(first_fine(at, config))
+            self._least = int(first_fine(torch.tensor(before, dtype=torch.int32), config))
             old = units[:, :, : self._least].bfloat16(), self._first[:, : self._least]
             self._coarse = coarse_units(Units(*old))
         least, hidden = self._least, self._hidden_from(doc_first)
-        fine = units[:, :, least:] if least else units
-        far = far_log_mass(query, fine, config, scale)[..., : self.count - least]
+        parts = [units[:, :, least:]] if least else [units]
+        beyond = units_beyond(before, config)
+        if config.open_by == "landmarks" and beyond > least:
+            boxes = box_of(units[:, :, :beyond], query.shape[3])
+            parts = [boxes[:, :, least:], units[:, :, beyond:]]
+        weighed = [far_log_mass(query, part, config, scale) for part in parts]
+        far = weighed[0] if len(weighed) == 1 else torch.cat(weighed, -1)
+        far = far[..., : self.count - least]
         if hidden is not None:
             far = far.masked_fill(hidden[..., least:], -math.inf)
         if not least:

@@ -83,3 +83,15 @@ def stored(x: Tensor) -> Tensor:
     Inductor (torch 2.13) stores there what is to have strides. On CPU nothing is done.
     """
     return x if x.device.type == "cpu" else x.as_strided(x.shape, x.stride())
+
+
+def stored_mask(seen: Tensor) -> Tensor:
+    """-1 where `seen` (..., T, N) is not true, else 0: on CPU as a table in memory.
+
+    Otherwise a compiler computes the mask anew for each query of a block, which takes a CPU longer
+    than the exponential; what a `cat` gives, it stores there.
+    """
+    table = torch.where(seen, 0.0, -1.0)
+    if seen.device.type != "cpu":
+        return table
+    return torch.cat([table[..., :1, :], table[..., 1:, :]], -2)

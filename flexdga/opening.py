@@ -18,8 +18,8 @@ from torch import Tensor
 
 from flexdga.coarse import Columns, column_log_mass
 from flexdga.config import DGAConfig
-from flexdga.estimates import Units, far_log_mass, products
-from flexdga.indexing import stored
+from flexdga.estimates import Units, far_log_mass, products, units_beyond
+from flexdga.indexing import stored, stored_mask
 from flexdga.plan import NEVER
 
 BEYOND = 60.0
@@ -81,11 +81,11 @@ def near_log_mass(
     score = score.view(batch, kv_heads, blocks, rep, rows, width)
 
     same = around.near == around.document.amax(-1, keepdim=True)  # (B, 1, T, W)
-    score = score.masked_fill(_hidden(same)[:, :, :, None, None] < 0, -math.inf)
+    score = score.masked_fill(stored_mask(same)[:, :, :, None, None] < 0, -math.inf)
     if is_causal:
         offset = torch.arange(width, dtype=torch.int32, device=query.device) - near_span(config)
         index = torch.arange(rows, dtype=torch.int32, device=query.device)
-        score = score.masked_fill(_hidden(offset <= index[:, None]) < 0, -math.inf)
+        score = score.masked_fill(stored_mask(offset <= index[:, None]) < 0, -math.inf)
     return torch.logsumexp(score, -1).transpose(2, 3).flatten(1, 2)
 
 
@@ -233,9 +233,10 @@ def openings(
             far_TN = far_TN | (number >= around.after[:, None])
         open_to = far_TN & (units.first[:, None, None] == document[..., None])
         if far is None:
-            far = far_log_mass(query, units.key, config, scale)
+            beyond = units_beyond(around.before, config) if is_causal else None
+            far = far_log_mass(query, units.key, config, scale, beyond)
     far = far.float().unflatten(2, (around.begin.shape[0], rows))
-    allowed = far.masked_fill(_hidden(open_to)[..., None, :] < 0, -math.inf)
+    allowed = far.masked_fill(stored_mask(open_to)[..., None, :] < 0, -math.inf)
     near = near_log_mass(query, around, config=config, is_causal=is_causal, scale=scale)
     # Queries of a document that ends in the block ask for nothing: no share of theirs is large.
     asks = around.document == document[..., None]
@@ -254,15 +255,3 @@ def openings(
         want = want & open_to[..., None, :]
         since = torch.where(served(want, share, config.open_units, turns=turns), since, NEVER)
     return since
-
-
-def _hidden(seen: Tensor) -> Tensor:
-    """-1 where `seen` (..., T, N) is not true, else 0: on CPU as a table in memory.
-
-    Otherwise a compiler computes the mask anew for each query of a block, which takes a CPU longer
-    than the exponential; what a `cat` gives, it stores there.
-    """
-    table = torch.where(seen, 0.0, -1.0)
-    if seen.device.type != "cpu":
-        return table
-    return torch.cat([table[..., :1, :], table[..., 1:, :]], -2)

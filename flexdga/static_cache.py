@@ -13,7 +13,13 @@ from torch import Tensor
 
 from flexdga.attention import dga_attention
 from flexdga.config import DGAConfig
-from flexdga.estimates import Units, far_log_mass, unit_documents, unit_features
+from flexdga.estimates import (
+    Units,
+    far_log_mass,
+    unit_documents,
+    unit_features,
+    units_beyond,
+)
 from flexdga.exact import attend_all
 from flexdga.far_units import asked, raw_scores
 from flexdga.handoff import all_slots_of_units
@@ -248,7 +254,7 @@ def _far(
     )  # fmt: skip
     is_open = since[:, :, 0] < NEVER
     made["open"] = filled(is_open, 2, layout.count - is_open.shape[2], False)
-    if config.open_by == "box":
+    if config.open_by == "landmarks":
         made["units"] = filled(units.key, 2, layout.count - units.key.shape[2], 0)
     return made
 
@@ -263,7 +269,7 @@ def _open(
         _write(state[f"far{i}"], time.view(1), x)
     kept = [state[f"far{i}"] for i in range(len(_packed(key, value, config)))]
     half, done = len(kept) // 2, layout.done(time)
-    if config.open_by == "box":
+    if config.open_by == "landmarks":
         # The newest units that may be opened: what was written before is written again.
         number = (done - layout.at_once).clamp(min=0) + torch.arange(
             layout.at_once, device=time.device
@@ -276,7 +282,7 @@ def _open(
         units = _restored(kept[:half])
     ring = layout.ring
     near = raw_scores(query, state["key"][:, :, :ring], bias[..., :ring], scale)
-    far = far_log_mass(query, units, config, scale)
+    far = far_log_mass(query, units, config, scale, units_beyond(done.view(1), config))
     may = torch.arange(layout.count, device=time.device) < done
     want, total = asked(far.masked_fill(~may, -math.inf), near, config)
     already = state["open"] & (time % rows != 0)

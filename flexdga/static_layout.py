@@ -28,7 +28,7 @@ State = dict[str, Tensor]
 - query: (B, H, ring, D), where planning reads queries.
 - far0, far1, ...: (B, Hkv, capacity, ·) raw keys and values that queries may open, each one tensor,
   or numbers and scales.
-- units: (B, Hkv, N, 2D) features of what may be opened, with `open_by="box"`.
+- units: (B, Hkv, N, ·) features of what may be opened, with `open_by="landmarks"`.
 - open: (B, H, N) bool, what the present query block has open.
 """
 
@@ -93,7 +93,7 @@ class Layout:
         names = ["key", "value", "bias"] + ["query"] * self.keeps_queries
         if self.opens:
             names += [f"far{i}" for i in range(far)] + ["open"]
-            names += ["units"] * (self.config.open_by == "box")
+            names += ["units"] * (self.config.open_by == "landmarks")
         return names
 
     @property

@@ -13,8 +13,8 @@ from flexdga.int8 import pack, unpack
 from flexdga.plan import NEVER
 
 SPARE, LEAST_SPARE = 1 / 16, 8
-"""Of a buffer that grows, how much stays free: to copy all of it every so many tokens takes a step of
-decoding next to nothing more, and a cache is there to be small."""
+"""Of a buffer that grows, how much stays free: to copy all of it every so many tokens takes a step
+of decoding next to nothing more, and a cache is there to be small."""
 
 
 class Columns(NamedTuple):

@@ -26,13 +26,22 @@ from flexdga.coarse import (
 )
 from flexdga.config import COARSE, DGAConfig
 from flexdga.estimates import (
+    LANDMARKS,
+    NEAR,
+    SEGMENT,
     Units,
     best_keys,
+    best_landmarks,
+    box_of,
     by_place,
     in_matrices,
+    landmarks_of,
+    products,
     query_features,
     unit_documents,
     unit_features,
+    units_beyond,
+    whole_of,
 )
 from flexdga.opening import QueryBlocks, openings, surroundings
 from flexdga.plan import NEVER, Documents
@@ -40,7 +49,7 @@ from flexdga.scratch import scores_held
 
 Run = Callable[..., Any]
 TOGETHER = 64
-"""Units whose keys are weighed at a time."""
+"""Units whose keys are weighed at a time by `exact`."""
 
 
 def open_table(
@@ -112,24 +121,28 @@ def in_stretches(
     rows, size = config.block_size
     blocks, count = query.shape[2] // rows, units.first.shape[1]
     per_unit = units.key.shape[2] // count
-    together: list[Tensor] = []  # keys, those of `TOGETHER` units in each; not in a compiler
+    pieces: _Keys | _Features | None = None
 
     def table(first: int, end: int, reach: int) -> Tensor:
         """Of the query blocks [first, end), and of `reach` units."""
-        keys = 0 if together else reach * per_unit  # those together are weighed here
+        keys = reach * per_unit if pieces is None else 0  # those in pieces are weighed here
         some = Units(units.key[:, :, :keys], units.first[:, :reach])
         inputs = _copied(
             (query[:, :, first * rows : end * rows], around.of(slice(first, end)), some)
         )
         far = None
-        if together:
-            alike = in_matrices(query_features(inputs[0], scale, config), units.key.shape[1])
-            best = [run(best_keys, alike, key) for key in together[: -(-reach // TOGETHER)]]
-            far = torch.cat(best, -1)[..., :reach].reshape(*inputs[0].shape[:3], reach)
+        if pieces is not None:
+            far = pieces.weighed(inputs[0], beyond(first), reach, scale)
         made: Tensor = run(
             openings, *inputs, config=config, is_causal=is_causal, scale=scale, far=far
         )
         return made
+
+    def beyond(block: int) -> int:
+        """Units that are weighed by their boxes alone."""
+        if not is_causal or config.open_by == "exact":
+            return 0
+        return units_beyond(max(past + block * rows - config.window + 1, 0) // size, config)
 
     coarsens = is_causal and not all_fine(past + blocks * rows, config)
     if torch.compiler.is_compiling():
@@ -141,9 +154,12 @@ def in_stretches(
         return torch.cat([made[:, :, :1], made[:, :, 1:]], 2)
     per_query = count
     if config.open_by == "exact":
-        per_query = max(count, TOGETHER * size // 2)
-        room = F.pad(units.key, (0, 0, 0, -count % TOGETHER * size))
-        together += [by_place(some, size) for some in room.split(TOGETHER * size, 2)]
+        pieces = _Keys(units, config, run)
+    elif query.device.type == "cpu":
+        pieces = _Features(units, config, run)
+    each = 16 if pieces is None else pieces.each
+    if pieces is not None:
+        per_query = max(count, pieces.scores)
     whole = around.begin.new_full((*query.shape[:2], blocks, count), NEVER)
     if coarsens:
         assert config.coarse_beyond is not None
@@ -156,13 +172,79 @@ def in_stretches(
                 packed=packed, config=config, scale=scale, run=run,
             )  # fmt: skip
     held = scores_held(query.device.type)
-    parts = min(query.shape[:2].numel() * blocks * rows * per_query // held, blocks // 2)
-    parts = max(parts, min(blocks, 1))
-    for first, end in itertools.pairwise(i * blocks // max(parts, 1) for i in range(parts + 1)):
-        # Units that no block of the stretch can open are left out, in whole multiples of few.
-        reach = min(-(-(past + end * rows) // size // 16) * 16, count) if is_causal else count
-        whole[:, :, first:end, :reach] = table(first, end, reach)
+    per_block = query.shape[:2].numel() * rows * per_query
+    for begin, after in itertools.pairwise(_where_it_changes(beyond, blocks)):
+        number = min((after - begin) * per_block // held, (after - begin) // 2)
+        number = max(number, 1)
+        cuts = (begin + i * (after - begin) // number for i in range(number + 1))
+        for first, end in itertools.pairwise(cuts):
+            # Units that no block of the stretch can open are left out, in whole multiples.
+            reach = min(-(-(past + end * rows) // size // each) * each, count)
+            reach = reach if is_causal else count
+            whole[:, :, first:end, :reach] = table(first, end, reach)
     return whole
+
+
+def _where_it_changes(beyond: Callable[[int], int], blocks: int) -> list[int]:
+    """The query blocks, and the end of all, from which on another number is `beyond`."""
+    starts = [b for b in range(blocks) if b == 0 or beyond(b) != beyond(b - 1)]
+    return [*starts, blocks]
+
+
+class _Keys:
+    """Units by their keys, in pieces and in the order that products want: for `exact`.
+
+    Args:
+        units: all that there are.
+        config: the choices.
+        run: how to call `best_keys`.
+    """
+
+    def __init__(self, units: Units, config: DGAConfig, run: Run) -> None:
+        self.config, self.run = config, run
+        size = config.block_size[1]
+        self.each, self.scores = TOGETHER, TOGETHER * size // 2
+        room = F.pad(units.key, (0, 0, 0, -units.first.shape[1] % TOGETHER * size))
+        self._parts = [by_place(some, size) for some in room.split(TOGETHER * size, 2)]
+
+    def weighed(self, query: Tensor, beyond: int, reach: int, scale: float) -> Tensor:
+        """`far_log_mass` of queries (B, H, C, D), and of the first `reach` units: in bfloat16."""
+        rows = in_matrices(query_features(query, scale, self.config), self._parts[0].shape[1])
+        made = [self.run(best_keys, rows, part) for part in self._parts[: -(-reach // self.each)]]
+        return torch.cat(made, -1)[..., :reach].reshape(*query.shape[:3], reach)
+
+
+class _Features:
+    """Units by their features, for `landmarks`.
+
+    Args:
+        units: all that there are.
+        config: the choices.
+        run: how to call `best_landmarks`.
+    """
+
+    def __init__(self, units: Units, config: DGAConfig, run: Run) -> None:
+        self.config, self.run = config, run
+        self._features, self._dim = units.key, units.key.shape[3] // (2 + LANDMARKS)
+        self._near: tuple[int, int] = (0, 0)  # the units that these are of:
+        self._box = self._landmarks = units.key
+        size = config.block_size[1]
+        self.each = SEGMENT // size
+        self.scores = LANDMARKS * min(units.first.shape[1], (NEAR + SEGMENT) // size) // 2
+
+    def weighed(self, query: Tensor, beyond: int, reach: int, scale: float) -> Tensor:
+        """The same."""
+        if self._near != (beyond, reach):
+            near = self._features[:, :, beyond:reach]
+            self._box = box_of(near, self._dim).contiguous()
+            self._landmarks = landmarks_of(near, self._dim)
+            self._near = (beyond, reach)
+        rows = in_matrices(query_features(query, scale, self.config), self._features.shape[1])
+        far: Tensor = self.run(best_landmarks, rows, whole_of(rows), self._box, self._landmarks)
+        if beyond:
+            old = products(rows, box_of(self._features[:, :, :beyond], self._dim))
+            far = torch.cat([old, far], -1)
+        return far.view(*query.shape[:3], reach)
 
 
 def each_head(

@@ -197,7 +197,7 @@ def test_few_public_names():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("open_by", "blocks"), [("box", 32), ("exact", 16)])
+@pytest.mark.parametrize(("open_by", "blocks"), [("landmarks", 32), ("exact", 16)])
 def test_auto_opens_more_for_larger_budgets(open_by, blocks):
     budgets = (0.06, 0.08, 0.10, 0.12, 0.15, 0.2, 0.22)
     configs = [DGAConfig.auto(budget, open_by=open_by) for budget in budgets]
@@ -208,7 +208,7 @@ def test_auto_opens_more_for_larger_budgets(open_by, blocks):
     assert DGAConfig.auto(0.1, open_by=open_by, window=128).window == 128
 
 
-@pytest.mark.parametrize(("budget", "open_by"), [(0.05, "box"), (0.51, "box"), (0.51, "exact")])
+@pytest.mark.parametrize(("budget", "open_by"), [(0.05, "landmarks"), (0.51, "landmarks"), (0.51, "exact")])
 def test_auto_refuses_budgets_that_were_not_measured(budget, open_by):
     with pytest.raises(ValueError, match=rf"budget: expected 0.06 to .*, got {budget}"):
         DGAConfig.auto(budget, open_by=open_by)

@@ -37,7 +37,7 @@ openers = st.fixed_dictionaries(
     {
         "open_units": st.sampled_from([1, 3, None]),
         "open_mass": st.sampled_from([0.0, 0.02, 0.2]),
-        "open_by": st.sampled_from(["box", "exact"]),
+        "open_by": st.sampled_from(["landmarks", "exact"]),
         "coarse_beyond": st.sampled_from([None, 0, 64, 8192]),
         "unit_size": st.just(16),
         "window": st.sampled_from([1, 7, 16, 40]),
@@ -132,7 +132,7 @@ def test_dropped_tokens_are_seen_at_most_once(planner, layout, scope):
 
 def test_a_query_opens_the_unit_that_it_needs():
     """In one head query 250 wants unit 4 and in the other nothing; before 250 nobody does."""
-    for open_by in ("box", "exact"):
+    for open_by in ("landmarks", "exact"):
         query, key, value = (0.1 * t for t in qkv(length=300))
         key[..., 0] = 0.0
         key[:, :, 64:80, 0] = 10.0

@@ -179,10 +179,10 @@ class ShardedCache(LayerCache):
         max_length: int | None = None,
         int8: bool = False,
     ) -> None:
-        if config.opens and config.keep_raw != "none" and config.open_by != "box":
+        if config.opens and config.keep_raw != "none" and config.open_by != "landmarks":
             raise ValueError(
                 f"config: open_by={config.open_by!r} estimates by all keys, which no rank has; "
-                "expected 'box'"
+                "expected 'landmarks'"
             )
         self.group = group_of(mesh)
         super().__init__(config, max_length=max_length, int8=int8)

@@ -1,6 +1,6 @@
 """Openings: each rank decides for its own queries, and asks the owners for the units they need.
 
-What estimates need of a unit, its features, is gathered: 2·D numbers for 32 tokens. Then every rank
+What estimates need of a unit, its features, is gathered: 6·D numbers for 32 tokens. Then every rank
 says which units it needs, a bit for each unit and KV head, and the raw keys and values come by
 all-to-all, so many at a time that what is in flight stays small.
 

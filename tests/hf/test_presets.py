@@ -135,7 +135,7 @@ def test_h2o_sees_a_window_and_heavy_hitters(scope):
     assert relative_error(got, masked([query, key, value], seen)) < ROUNDING
 
 
-@pytest.mark.parametrize("open_by", ["exact", "box"])
+@pytest.mark.parametrize("open_by", ["exact", "landmarks"])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_block_selection_opens_the_units_with_most_attention(scope, open_by):
     """Of a unit its best key counts. Integers over √16: bfloat16, in which scores are, holds them.
@@ -144,7 +144,7 @@ def test_block_selection_opens_the_units_with_most_attention(scope, open_by):
     """
     config = preset("block_selection", scope=scope, open_by=open_by, open_units=3)
     query, key, value = (t.round() for t in qkv(2, 4, 2, LENGTH, head_dim=16))
-    if open_by == "box":
+    if open_by == "landmarks":
         query, key = (t[:, :, ::16].repeat_interleave(16, 2) for t in (query, key))
     score = query.double() @ key.repeat_interleave(2, 1).double().mT / 4
     mass = score.masked_fill(K > Q, -torch.inf).exp()

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flexdga.estimates import LANDMARKS, NEAR, SEGMENT
 from flexdga.scratch import scores_held
 from flexdga.stretches import TOGETHER
 
@@ -31,12 +32,12 @@ if TYPE_CHECKING:
 
 WEIGHTS = {
     "cpu": {
-        "entries": 1.2, "blocks": 75.0, "near": 5.2, "units": 0.6, "landmarks": 0.5, "keys": 0.48, "probes": 7.0,
-        "tokens": 53.0,
+        "entries": 1.2, "blocks": 75.0, "near": 5.2, "units": 0.6, "landmarks": 0.8,
+        "keys": 0.48, "probes": 7.0, "tokens": 53.0,
     },
     "cuda": {
-        "entries": 6.5, "blocks": 0.0, "near": 19.0, "units": 6.5, "landmarks": 4.2, "keys": 2.5, "probes": 4.0,
-        "tokens": 1000.0,
+        "entries": 6.5, "blocks": 0.0, "near": 19.0, "units": 6.5, "landmarks": 4.2,
+        "keys": 2.5, "probes": 4.0, "tokens": 1000.0,
     },
 }  # fmt: skip
 CALL = {"cpu": 1_000_000.0, "cuda": 3_600_000_000.0}
@@ -168,6 +169,8 @@ def work(config: DGAConfig, case: Case, length: int) -> dict[str, float]:
     # Of queries, weighed together:
     stretch = columns * (TOGETHER if exact else scores_held(case.device) / queries)
     weighed = queries * (length + min(stretch, length)) / 2 * wide * config.opens
+    known = NEAR + SEGMENT / 2  # tokens before a query whose units it knows by landmarks
+    near = length / 2 if length < known else known - known**2 / (2 * length)
     probed = float(config.probes)
     if config.scope == "causal":  # each unit has its own, which look at it and what is near
         probed *= CAUSAL_PROBES * (1 + config.window / config.unit_size)
@@ -178,6 +181,7 @@ def work(config: DGAConfig, case: Case, length: int) -> dict[str, float]:
         "blocks": keys / (rows * columns),
         "near": queries * (rows + config.window) * wide * config.opens,
         "units": weighed / columns,
+        "landmarks": queries * near * wide * config.opens * (not exact) / columns * LANDMARKS,
         "keys": weighed * exact,
         "probes": queries * probed * config.needs_importance,
         "tokens": (case.heads + 2 * case.kv_heads) * length * case.head_dim / 64,

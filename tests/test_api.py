@@ -208,7 +208,9 @@ def test_auto_opens_more_for_larger_budgets(open_by, blocks):
     assert DGAConfig.auto(0.1, open_by=open_by, window=128).window == 128
 
 
-@pytest.mark.parametrize(("budget", "open_by"), [(0.05, "landmarks"), (0.51, "landmarks"), (0.51, "exact")])
+@pytest.mark.parametrize(
+    ("budget", "open_by"), [(0.05, "landmarks"), (0.51, "landmarks"), (0.51, "exact")]
+)
 def test_auto_refuses_budgets_that_were_not_measured(budget, open_by):
     with pytest.raises(ValueError, match=rf"budget: expected 0.06 to .*, got {budget}"):
         DGAConfig.auto(budget, open_by=open_by)

@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import score_mods
-from flexdga import DGACache, DGAConfig, dga_attention, dga_decode, reference
+from flexdga import (
+    DGACache,
+    DGAConfig,
+    dga_attention,
+    dga_decode,
+    estimates,
+    reference,
+    stretches,
+)
 from flexdga.config import COARSE
 from flexdga.decode import LayerCache
 from flexdga.open_columns import OpenColumns
@@ -106,18 +114,24 @@ def test_decoding_opens_what_a_causal_prefill_opens(
     assert relative_error(got, want) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("coarse_beyond", [256, None], ids=["coarse", "fine"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_decoding_opens_what_a_causal_prefill_opens_of_a_long_past(padded):
+def test_decoding_opens_what_a_causal_prefill_opens_of_a_long_past(
+    padded, coarse_beyond, monkeypatch
+):
+    for module in (estimates, stretches):
+        monkeypatch.setattr(module, "NEAR", 256)
+        monkeypatch.setattr(module, "SEGMENT", 128)
     config = small(
         **(OPENS | {"open_mass": 0.1}), window=16, rest="drop", open_units=None,
-        coarse_beyond=256, scope="causal", block_size=(32, 16),
+        coarse_beyond=coarse_beyond, scope="causal", block_size=(32, 16),
     )  # fmt: skip
     query, key, value = qkv(2, 4, 2, 1000)
     query = 2 * query
     ids = left_padded(2, 1000, 300) if padded else None
     want, plan = dga_attention(query, key, value, config=config, document_ids=ids, return_plan=True)
-    together = plan.open[:, :, -8:, :COARSE] < NEVER
-    assert together.any() and not together.all()
+    old = plan.open[:, :, -8:, :COARSE] < NEVER
+    assert old.any() and not old.all()
     got = decode(LayerCache(config), (query, key, value), 470, (1, 7, 30, 3), ids)
     assert relative_error(got, want) < TOLERANCE[torch.float32]
 
@@ -263,13 +277,13 @@ def test_a_short_text_stays_dense_until_it_is_long():
 
 def test_while_it_is_dense_little_more_is_kept_than_the_text():
     inputs = qkv(1, 4, 2, 2000)
-    cache = LayerCache(DGAConfig(dense_below=4000))
+    cache = LayerCache(DGAConfig(dense_below=4000, open_mass=0.5))
     cache.attend(*inputs)
     assert cache.num_slots == 0 and cache.num_raw == 2000
     assert 1 < cache.memory().ratio < 1 + 1 / 8 + (256 * 2 + 3 * 64) / 2000
     for length in (1, 1900, 200):  # until it is long
         cache.attend(*qkv(1, 4, 2, length))
-    assert cache.memory().ratio < 1.25 + 1 / 16 + 300 / 4100  # room, features, window
+    assert cache.memory().ratio < (1 + 1 / 16) * (1 + 6 / 64) + 300 / 4100  # room, features, window
 
 
 @pytest.mark.parametrize("opens", [{}, OPENS | {"open_units": None}], ids=["closed", "open"])

@@ -12,9 +12,9 @@ from helpers import qkv, small
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexdga import DGAConfig, make_plan, reference
+from flexdga import DGAConfig, estimates, make_plan, reference, stretches
 from flexdga.config import COARSE
-from flexdga.estimates import unit_documents, unit_features
+from flexdga.estimates import BOX_SHARE, LANDMARKS, unit_documents
 from flexdga.opening import openings
 from flexdga.plan import NEVER
 from flexdga.planner import documents
@@ -146,33 +146,49 @@ def test_a_query_opens_the_unit_that_it_needs():
         assert seen[250:256].all() and not seen[240:250].any() and not seen[256:].any()
 
 
+def by_box(queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores of a unit: of its landmarks (Q, 4), and by the box around its other keys (Q,)."""
+    mean = keys.mean(0)
+    order = (keys - mean).norm(dim=1).argsort(descending=True)
+    landmarks, others = keys[order[:LANDMARKS]], keys[order[LANDMARKS:]]
+    box = torch.cat([others, mean[None]])
+    high, low = (others.mean(0).lerp(x, BOX_SHARE) for x in (box.amax(0), box.amin(0)))
+    return queries @ landmarks.mT, queries.clamp(min=0) @ high + queries.clamp(max=0) @ low
+
+
+@pytest.mark.parametrize("coarse_beyond", [256, None], ids=["coarse", "fine"])
 @pytest.mark.parametrize("layout", ["plain", "lengths", "left", "packed"])
-def test_of_a_long_past_the_far_units_open_together_by_the_mean_of_their_estimates(layout):
-    config = small(unit_size=16, open_units=None, open_mass=0.02, scope="causal", coarse_beyond=256)
+def test_units_open_by_their_landmarks_and_far_ones_by_boxes(layout, coarse_beyond, monkeypatch):
+    """Units more than 256 tokens away by their boxes alone, or together by the mean of these."""
+    for module in (estimates, stretches):
+        monkeypatch.setattr(module, "NEAR", 256)
+        monkeypatch.setattr(module, "SEGMENT", 128)
+    config = small(unit_size=16, open_units=None, open_mass=0.02, scope="causal")
+    config = dataclasses.replace(config, coarse_beyond=coarse_beyond)
     length = 1300
     query, key, value = qkv(batch=2, heads=4, length=length)
     query = 2 * query
     given_layout, ids = layout_arguments(layout, 2, length)
     plan = make_plan(query, key, value, config=config, **given_layout)
-    alone = make_plan(
-        query, key, value, config=dataclasses.replace(config, coarse_beyond=None), **given_layout
-    )
-    early = (256 + config.window) // 16  # blocks that have no more than 256 tokens to open from
-    assert torch.equal(plan.open[:, :, :early], alone.open[:, :, :early])
 
     docs = documents(ids, None, ids.shape, ids.device)
     first = unit_documents(F.pad(docs.first, (0, -length % 16), value=NEVER), config)
-    features = unit_features(F.pad(key, (0, 0, 0, -length % 16)), config)
     wrong = total = 0
-    for block in range(early, length // 16):
+    for block in range((256 + config.window) // 16, length // 16):
         before = (block * 16 - config.window + 1) // 16
-        coarse = (before - 4) // COARSE * COARSE if before * 16 > 256 else 0
+        coarse = (before - 4) // COARSE * COARSE if coarse_beyond and before * 16 > 256 else 0
+        boxed = 0 if coarse_beyond else max(before // 8 * 8 - 16, 0)
         for b in range(2):
             here = ids[b, block * 16]
             if (ids[b, block * 16 : block * 16 + 16] != here).any() or here < 0:
                 continue  # a block of one document alone
             document = docs.first[b, block * 16]
             tokens = slice(max(before * 16, int(document)), block * 16 + 16)
+            groups = [
+                [u for u in range(c, c + COARSE) if first[b, u] == document]
+                for c in range(0, coarse, COARSE)
+            ] + [[u] for u in range(coarse, before) if first[b, u] == document]
+            groups = [units for units in groups if units]
             for h in range(4):
                 queries = query[b, h, block * 16 : block * 16 + 16] / 32**0.5
                 near = queries @ key[b, h // 2, tokens].mT
@@ -180,17 +196,13 @@ def test_of_a_long_past_the_far_units_open_together_by_the_mean_of_their_estimat
                     block * 16, block * 16 + 16
                 ).unsqueeze(1)
                 columns = [near.masked_fill(unseen, -math.inf)]
-                groups = [
-                    [u for u in range(c, c + COARSE) if first[b, u] == document]
-                    for c in range(0, coarse, COARSE)
-                ] + [[u] for u in range(coarse, before) if first[b, u] == document]
-                groups = [units for units in groups if units]
                 for units in groups:
-                    high, low = features[b, h // 2, units].float().mean(0).chunk(2)
-                    corner = queries.clamp(min=0) @ high + queries.clamp(max=0) @ low
-                    columns.append(corner[:, None])
-                score = torch.cat(columns, 1)
-                asks = score.softmax(1)[:, near.shape[1] :] > config.open_mass
+                    found = [by_box(queries, key[b, h // 2, u * 16 : u * 16 + 16]) for u in units]
+                    score = torch.stack([box for _, box in found]).mean(0)
+                    if units[0] >= max(coarse, boxed):
+                        score = torch.maximum(score, found[0][0].amax(1))
+                    columns.append(score[:, None])
+                asks = torch.cat(columns, 1).softmax(1)[:, near.shape[1] :] > config.open_mass
                 want = torch.zeros(before, dtype=torch.bool)
                 for units, open_ in zip(groups, asks.any(0)):
                     want[units] = open_
@@ -200,7 +212,6 @@ def test_of_a_long_past_the_far_units_open_together_by_the_mean_of_their_estimat
     assert wrong < 0.003 * total  # rounding to bfloat16 moves what is close to the threshold
     opened = (plan.open < NEVER).float().mean()
     assert 0.02 < opened < 0.5
-    assert (plan.open != alone.open).float().mean() > 0.01
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

@@ -146,6 +146,23 @@ def _near_alone(best: Tensor, beyond: Tensor, query: Tensor) -> Tensor:
     return best.view(shape).masked_fill(unknown[:, None] < 0, -math.inf).view(best.shape)
 
 
+def near_log_scores(
+    query: Tensor, box: Tensor, landmarks: Tensor, *, config: DGAConfig, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Estimates by `landmarks`: (B, G, R·C, N) bfloat16; and the (B, G, R·C, 2D) `query_features`.
+
+    Args:
+        query: (B, H, C, D).
+        box: (B, G, N, 2D) `box_of` units.
+        landmarks: (B, G, `LANDMARKS`·N, D) `landmarks_of` them.
+        config: `open_by`.
+        scale: of the scores.
+    """
+    rows = in_matrices(query_features(query, scale, config), box.shape[1])
+    whole = in_matrices((query * scale).bfloat16(), box.shape[1])
+    return best_landmarks(rows, whole, box, landmarks), rows
+
+
 def best_landmarks(rows: Tensor, query: Tensor, box: Tensor, landmarks: Tensor) -> Tensor:
     """(..., R, N) bfloat16 estimates by `landmarks`.
 

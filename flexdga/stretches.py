@@ -31,17 +31,16 @@ from flexdga.estimates import (
     SEGMENT,
     Units,
     best_keys,
-    best_landmarks,
     box_of,
     by_place,
     in_matrices,
     landmarks_of,
+    near_log_scores,
     products,
     query_features,
     unit_documents,
     unit_features,
     units_beyond,
-    whole_of,
 )
 from flexdga.opening import QueryBlocks, openings, surroundings
 from flexdga.plan import NEVER, Documents
@@ -220,7 +219,7 @@ class _Features:
     Args:
         units: all that there are.
         config: the choices.
-        run: how to call `best_landmarks`.
+        run: how to call `near_log_scores`.
     """
 
     def __init__(self, units: Units, config: DGAConfig, run: Run) -> None:
@@ -239,8 +238,9 @@ class _Features:
             self._box = box_of(near, self._dim).contiguous()
             self._landmarks = landmarks_of(near, self._dim)
             self._near = (beyond, reach)
-        rows = in_matrices(query_features(query, scale, self.config), self._features.shape[1])
-        far: Tensor = self.run(best_landmarks, rows, whole_of(rows), self._box, self._landmarks)
+        far, rows = self.run(
+            near_log_scores, query, self._box, self._landmarks, config=self.config, scale=scale
+        )
         if beyond:
             old = products(rows, box_of(self._features[:, :, :beyond], self._dim))
             far = torch.cat([old, far], -1)

@@ -89,8 +89,8 @@ def test_raw_tokens_are_spread_over_ranks(ranks):
         parallel_work.memory, DEFAULT, (1, 2, 2, 2000, 32)
     ):
         assert dense == whole
-        # A quarter of the keys and values, 3/32 for features, window and room to grow into.
-        assert kept < 0.42 * alone, (kept, alone)
+        # A quarter of the keys and values, 3/32 for features, what is open, window, room to grow.
+        assert kept < 0.5 * alone, (kept, alone)
 
 
 def test_ranks_that_open_different_units_are_found(ranks):

@@ -117,18 +117,11 @@ def far_log_mass(
     """
     rows = in_matrices(query_features(query, scale, config), units.shape[1])
     if config.open_by == "landmarks":
-        if query.shape[2] == 1:
-            box, best = _of_few(rows, units, query.shape[3])
-        else:
-            box = products(rows, box_of(units, query.shape[3]))
-            best = None
-            if units.shape[3] > rows.shape[3]:
-                landmarks = landmarks_of(units, query.shape[3])
-                best = products(whole_of(rows), landmarks)
-                best = best.unflatten(-1, (LANDMARKS, units.shape[2])).amax(-2)
-        if best is not None and beyond is not None:
-            best = _near_alone(best, beyond, query)
-        far = box if best is None else torch.maximum(best, box)
+        weigh = _of_few if query.shape[2] == 1 else _of_many
+        far, best = weigh(rows, units, query.shape[3])
+        if best is not None:
+            best = best if beyond is None else _near_alone(best, beyond, query)
+            far = torch.maximum(best, far)
     elif query.shape[2] == 1:  # keys are rows here, so that none need be moved
         far = products(units.bfloat16(), rows).unflatten(2, (-1, config.block_size[1]))
         far = far.amax(3).mT
@@ -182,8 +175,23 @@ def whole_of(rows: Tensor) -> Tensor:
     return positive + negative
 
 
+def _of_many(rows: Tensor, units: Tensor, dim: int) -> tuple[Tensor, Tensor | None]:
+    """(B, G, R, N) bfloat16 estimates by boxes, and by landmarks where features have any.
+
+    Args:
+        rows: (B, G, R, 2D) `query_features`.
+        units: (B, G, N, ·) features.
+        dim: D.
+    """
+    box = products(rows, box_of(units, dim))
+    if units.shape[-1] == 2 * dim:
+        return box, None
+    score = products(whole_of(rows), landmarks_of(units, dim))
+    return box, score.unflatten(-1, (LANDMARKS, units.shape[2])).amax(-2)
+
+
 def _of_few(rows: Tensor, units: Tensor, dim: int) -> tuple[Tensor, Tensor | None]:
-    """Estimates by boxes and by landmarks for few rows: features are read once, where they are."""
+    """The same for a few rows: features are read once, where they are."""
     if units.shape[-1] == 2 * dim:
         return products(rows, units.float()), None
     vectors = units.unflatten(-1, (-1, dim)).flatten(-3, -2).float()

@@ -53,7 +53,7 @@ def test_compiles_for_h100():
         assert all(0 < k.registers <= 255 and k.shared_bytes > 10_000 for k in tiles)
     assert {made.part for made in graph.kernels} == {"forward", "backward", "other"}
     # A launch takes Python tens of microseconds: stretches of a CPU's size were 100 here.
-    assert call.launches <= 30
+    assert call.launches <= 36
 
 
 @pytest.mark.slow

@@ -280,9 +280,8 @@ class DGAConfig:
             ValueError: the budget is not between 0.06 and 0.5.
         """
         open_by = changes.get("open_by", "landmarks")
-        budgets = AUTO_BUDGETS.get(
-            open_by, AUTO_BUDGETS["landmarks"]
-        )  # wrong ones are refused below
+        # A wrong name is refused below.
+        budgets = AUTO_BUDGETS.get(open_by, AUTO_BUDGETS["landmarks"])
         low, high = budgets[0][0], budgets[-1][0]
         if not low <= budget <= high:
             raise ValueError(f"budget: expected {low} to {high}, got {budget!r}")

@@ -121,6 +121,7 @@ def in_stretches(
     blocks, count = query.shape[2] // rows, units.first.shape[1]
     per_unit = units.key.shape[2] // count
     pieces: _Keys | _Features | None = None
+    beyond: list[int] = []  # units that each query block weighs by their boxes alone
 
     def table(first: int, end: int, reach: int) -> Tensor:
         """Of the query blocks [first, end), and of `reach` units."""
@@ -131,17 +132,11 @@ def in_stretches(
         )
         far = None
         if pieces is not None:
-            far = pieces.weighed(inputs[0], beyond(first), reach, scale)
+            far = pieces.weighed(inputs[0], beyond[first], reach, scale)
         made: Tensor = run(
             openings, *inputs, config=config, is_causal=is_causal, scale=scale, far=far
         )
         return made
-
-    def beyond(block: int) -> int:
-        """Units that are weighed by their boxes alone."""
-        if not is_causal or config.open_by == "exact":
-            return 0
-        return units_beyond(max(past + block * rows - config.window + 1, 0) // size, config)
 
     coarsens = is_causal and not all_fine(past + blocks * rows, config)
     if torch.compiler.is_compiling():
@@ -151,11 +146,12 @@ def in_stretches(
         made = table(0, blocks, count)
         # The kernel's mask captures it, and Inductor takes the result of a `cat` as it is.
         return torch.cat([made[:, :, :1], made[:, :, 1:]], 2)
-    per_query = count
+    per_query, beyond = count, [0] * blocks
     if config.open_by == "exact":
         pieces = _Keys(units, config, run)
     elif query.device.type == "cpu":
         pieces = _Features(units, config, run)
+        beyond = units_beyond(around.before, config).tolist() if is_causal else beyond
     each = 16 if pieces is None else pieces.each
     if pieces is not None:
         per_query = max(count, pieces.scores)
@@ -172,7 +168,7 @@ def in_stretches(
             )  # fmt: skip
     held = scores_held(query.device.type)
     per_block = query.shape[:2].numel() * rows * per_query
-    for begin, after in itertools.pairwise(_where_it_changes(beyond, blocks)):
+    for begin, after in itertools.pairwise(_where_it_changes(beyond[:blocks])):
         number = min((after - begin) * per_block // held, (after - begin) // 2)
         number = max(number, 1)
         cuts = (begin + i * (after - begin) // number for i in range(number + 1))
@@ -184,10 +180,10 @@ def in_stretches(
     return whole
 
 
-def _where_it_changes(beyond: Callable[[int], int], blocks: int) -> list[int]:
-    """The query blocks, and the end of all, from which on another number is `beyond`."""
-    starts = [b for b in range(blocks) if b == 0 or beyond(b) != beyond(b - 1)]
-    return [*starts, blocks]
+def _where_it_changes(values: list[int]) -> list[int]:
+    """The indices from which on the value is another, and the end of all."""
+    starts = [i for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
+    return [*starts, len(values)]
 
 
 class _Keys:

@@ -170,11 +170,16 @@ def test_units_open_by_their_landmarks_and_far_ones_by_boxes(layout, coarse_beyo
     query = 2 * query
     given_layout, ids = layout_arguments(layout, 2, length)
     plan = make_plan(query, key, value, config=config, **given_layout)
+    alone = make_plan(
+        query, key, value, config=dataclasses.replace(config, coarse_beyond=None), **given_layout
+    )
+    early = (256 + config.window) // 16  # blocks that have no more than 256 tokens to open from
+    assert torch.equal(plan.open[:, :, :early], alone.open[:, :, :early])
 
     docs = documents(ids, None, ids.shape, ids.device)
     first = unit_documents(F.pad(docs.first, (0, -length % 16), value=NEVER), config)
     wrong = total = 0
-    for block in range((256 + config.window) // 16, length // 16):
+    for block in range(early, length // 16):
         before = (block * 16 - config.window + 1) // 16
         coarse = (before - 4) // COARSE * COARSE if coarse_beyond and before * 16 > 256 else 0
         boxed = 0 if coarse_beyond else max(before // 8 * 8 - 16, 0)
@@ -212,6 +217,8 @@ def test_units_open_by_their_landmarks_and_far_ones_by_boxes(layout, coarse_beyo
     assert wrong < 0.003 * total  # rounding to bfloat16 moves what is close to the threshold
     opened = (plan.open < NEVER).float().mean()
     assert 0.02 < opened < 0.5
+    if coarse_beyond:
+        assert (plan.open != alone.open).float().mean() > 0.01
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

@@ -393,11 +393,17 @@ def _several_blocks_at_once(text: str) -> str:
                 dst_data + row * headSize_v, headSize_v);
         }
 """
-    second = each + place + """        auto i_kv = is_broadcast_bs_kv ? i/bs_shards : i;
+    second = (
+        each
+        + place
+        + """        auto i_kv = is_broadcast_bs_kv ? i/bs_shards : i;
         auto j_kv = is_broadcast_head_kv ? j/gqa_shards : j;
 """
+    )
     text = text[:begin] + softmax + second + text[end:]
-    return _replace(text, "      // dst <- dst / sum[row]\n", "      }\n      // dst <- dst / sum[row]\n")
+    return _replace(
+        text, "      // dst <- dst / sum[row]\n", "      }\n      // dst <- dst / sum[row]\n"
+    )
 
 
 def _replace(text: str, old: str, new: str) -> str:

@@ -25,6 +25,7 @@ from flexdga.coarse import (
     width,
 )
 from flexdga.config import COARSE, DGAConfig
+from flexdga.cpu_openings import decides, openings_on_cpu
 from flexdga.estimates import (
     LANDMARKS,
     NEAR,
@@ -75,6 +76,8 @@ def open_table(
         scale: of the scores.
         run: how to call `openings`.
     """
+    if decides(query, config):
+        return openings_on_cpu(query, key, docs, config=config, is_causal=is_causal, scale=scale)
     # On CPU they are a few large views and copies: not worth the seconds of a compilation.
     prepare = prepared if key.device.type == "cpu" else functools.partial(run, prepared)
     around, units = prepare(key, docs.first, config=config, is_causal=is_causal)

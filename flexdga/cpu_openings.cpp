@@ -1,0 +1,368 @@
+// Openings by exact estimates, a task at a time: see cpu_openings.py.
+//
+// A vector holds a number of each of 16 queries, so that nothing is ever summed up across one.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#if defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#define AMX 1
+#else
+#define AMX 0
+#endif
+
+namespace {
+
+constexpr int64_t LANES = 16;
+constexpr int64_t TOGETHER = 128;  // queries of a task: keys are read once for all of them
+constexpr int32_t NEVER = std::numeric_limits<int32_t>::max();
+constexpr float NOTHING = -std::numeric_limits<float>::infinity();
+constexpr float BEYOND = 60;  // as in opening.py
+
+using bfloat16 = uint16_t;
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+using Tile = Floats[LANES];  // scores of 16 keys
+
+inline Floats all(float x) { return x - Floats{}; }
+
+inline Floats larger(Floats a, Floats b) {
+#if AMX
+  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline int first_of(Ints where) {  // of the lanes that are not zero; LANES if all are
+#if AMX
+  const uint32_t mask = _mm512_test_epi32_mask((__m512i)where, (__m512i)where);
+  return mask ? __builtin_ctz(mask) : LANES;
+#else
+  int lane = 0;
+  while (lane < LANES && !where[lane]) ++lane;
+  return lane;
+#endif
+}
+
+inline Floats rounded(Floats x) {  // to bfloat16
+  Bits bits = (Bits)x;
+  bits += 0x7fffu + ((bits >> 16) & 1u);
+  return (Floats)(bits & 0xffff0000u);
+}
+
+inline bfloat16 to_bfloat16(float x) {
+  if (x != x) return 0x7fc0;
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+inline Floats exponential(Floats x) {  // to 2e-5; of numbers up to 80
+  x = larger(x, all(-87));
+  const Floats number = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest integer
+  const Floats rest = x - number * 0.69314718f;  // |rest| < 0.35
+  Floats y = rest * 0.0416666f + 0.1666666f;
+  y = y * rest + 0.5f;
+  y = y * rest + 1.0f;
+  y = y * rest + 1.0f;
+  return (Floats)((Ints)y + (__builtin_convertvector(number, Ints) << 23));
+}
+
+#if AMX
+
+using Packed = bfloat16;  // pairs of numbers, of 16 queries side by side
+
+struct Session {  // of a thread that multiplies tiles
+  Session() {
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t bytes[16] = {};
+      uint8_t rows[16] = {};
+    } tiles;
+    for (int i = 0; i < 8; ++i) tiles.bytes[i] = 64, tiles.rows[i] = 16;
+    _tile_loadconfig(&tiles);
+  }
+  ~Session() { _tile_release(); }
+};
+
+inline void pack(const float* query, int64_t dim, float scale, Packed* to) {
+  for (int64_t lane = 0; lane < LANES; ++lane)
+    for (int64_t d = 0; d < dim; ++d)
+      to[d / 2 * 2 * LANES + lane * 2 + d % 2] = to_bfloat16(query[lane * dim + d] * scale);
+}
+
+// Scores of 16 and 16 keys, by 16 and 16 queries.
+inline void multiply(
+    const bfloat16* key0, const bfloat16* key1, const Packed* query0, const Packed* query1,
+    int64_t dim, Tile (*out)[2]) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t d = 0; d < dim; d += 32) {
+    _tile_loadd(4, key0 + d, dim * 2);
+    _tile_loadd(6, query0 + d * LANES, 64);
+    _tile_loadd(5, key1 + d, dim * 2);
+    _tile_loadd(7, query1 + d * LANES, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, out[0][0], 64);
+  _tile_stored(1, out[0][1], 64);
+  _tile_stored(2, out[1][0], 64);
+  _tile_stored(3, out[1][1], 64);
+}
+
+#else
+
+using Packed = float;
+
+struct Session {};
+
+inline float to_float(bfloat16 x) {
+  const uint32_t bits = uint32_t(x) << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+
+inline void pack(const float* query, int64_t dim, float scale, Packed* to) {
+  for (int64_t lane = 0; lane < LANES; ++lane)
+    for (int64_t d = 0; d < dim; ++d)
+      to[d * LANES + lane] = to_float(to_bfloat16(query[lane * dim + d] * scale));
+}
+
+inline void multiply(
+    const bfloat16* key0, const bfloat16* key1, const Packed* query0, const Packed* query1,
+    int64_t dim, Tile (*out)[2]) {
+  for (int tile = 0; tile < 2; ++tile)
+    for (int group = 0; group < 2; ++group)
+      for (int64_t first = 0; first < LANES; first += 8) {  // as many sums as there are registers
+        const bfloat16* key = (tile ? key1 : key0) + first * dim;
+        const Packed* query = group ? query1 : query0;
+        Floats sum[8] = {};
+        for (int64_t d = 0; d < dim; ++d) {
+          Floats x;
+          std::memcpy(&x, query + d * LANES, sizeof x);
+          for (int j = 0; j < 8; ++j) sum[j] += to_float(key[j * dim + d]) * x;
+        }
+        std::copy(sum, sum + 8, out[tile][group] + first);
+      }
+}
+
+#endif
+
+struct Group {  // 16 queries of one head, in one query block
+  int64_t head, block, begin;  // of the queries
+  int64_t before, after;       // the units that the block may open, and for which document:
+  int32_t document;
+};
+
+struct Task {  // some query blocks of the heads of one KV head
+  // As `flexdga_openings` has them:
+  const float* query;
+  const bfloat16* key;
+  const int32_t *first, *home;
+  int64_t rep, length, blocks, rows, units, size, dim, window;
+  float scale, least;
+  bool causal, prompt;
+  int32_t* since;
+  // Of this thread:
+  std::vector<Group> groups;
+  int64_t count, even;  // of groups, and rounded up
+  std::vector<Packed> packed;
+  std::vector<Floats> far, near, base, mass, scores;
+
+  const Packed* queries(int64_t group) const { return packed.data() + group * LANES * dim; }
+  const bfloat16* tile(int64_t number) const { return key + number * LANES * dim; }
+
+  void run(int64_t from, int64_t to) {
+    groups.clear();
+    for (int64_t t = from; t < to; ++t) {
+      const int64_t start = t * rows, before = std::max<int64_t>(start - window + 1, 0) / size;
+      const int64_t after = (start + rows + window - 1 + size - 1) / size;
+      int32_t document = -1;
+      for (int64_t i = start; i < start + rows; ++i)
+        if (first[i] != NEVER) document = std::max(document, first[i]);
+      for (int64_t head = 0; head < rep; ++head)
+        for (int64_t i = start; i < start + rows; i += LANES)
+          groups.push_back({head, t, i, before, causal ? units : std::min(after, units), document});
+    }
+    count = groups.size(), even = (count + 1) / 2 * 2;
+    packed.assign(even * LANES * dim, 0);
+    far.resize(units * even);
+    for (auto* each : {&near, &base, &mass}) each->assign(even, Floats{});
+    for (int64_t z = 0; z < count; ++z)
+      pack(query + (groups[z].head * length + groups[z].begin) * dim, dim, scale,
+           &packed[z * LANES * dim]);
+    for (int64_t z = 0; z < count; z += 2) weigh_near(z);
+    size == LANES ? weigh_far<1>() : size == 2 * LANES ? weigh_far<2>() : weigh_far<0>();
+    for (int64_t z = 0; z < count; ++z) open(z);
+  }
+
+  // Mass of what two groups may not open.
+  void weigh_near(int64_t pair) {
+    const Group& last = groups[std::min(pair + 1, count - 1)];
+    const int64_t from = groups[pair].before * size / LANES;
+    const int64_t end =
+        (causal ? last.begin / LANES + 1 : std::min(last.after * size, length) / LANES);
+    scores.resize((end - from) * LANES * 2);
+    alignas(64) Tile made[2][2];
+    for (int64_t n = from; n < end; n += 2) {
+      multiply(tile(n), tile(std::min(n + 1, end - 1)), queries(pair), queries(pair + 1), dim, made);
+      for (int64_t i = 0; i < 2 && n + i < end; ++i)
+        for (int y = 0; y < 2; ++y)
+          std::copy(made[i][y], made[i][y] + LANES, &scores[((n + i - from) * 2 + y) * LANES]);
+    }
+    for (int64_t z = pair; z < std::min(pair + 2, count); ++z) {
+      const Group& mine = groups[z];
+      const int64_t least = mine.before * size;
+      const int64_t most = causal ? mine.begin + LANES : std::min(mine.after * size, length);
+      Floats top = all(NOTHING), sum{};
+      auto score = [&](int64_t at) -> Floats& {
+        return scores[((at / LANES - from) * 2 + z - pair) * LANES + at % LANES];
+      };
+      for (int64_t at = least; at < most; ++at) {
+        Floats& x = score(at);
+        x = first[at] == mine.document ? rounded(x) : all(NOTHING);
+        if (causal)
+          for (int64_t lane = 0; lane < at - mine.begin; ++lane) x[lane] = NOTHING;
+        top = larger(top, x);
+      }
+      base[z] = top > NOTHING ? top : Floats{};
+      for (int64_t at = least; at < most; ++at) {
+        const Floats x = score(at);
+        sum += x > NOTHING ? exponential(x - base[z]) : Floats{};
+      }
+      for (int lane = 0; lane < LANES; ++lane) {
+        near[z][lane] = base[z][lane] + std::log(sum[lane]);
+        base[z][lane] = sum[lane] > 0 ? near[z][lane] : 0;
+      }
+    }
+  }
+
+  // Scores of the best keys of units, and the mass of those that may be opened. A number of tiles
+  // of a unit that the compiler knows saves divisions.
+  template <int64_t KNOWN>
+  void weigh_far() {
+    const int64_t per_unit = KNOWN ? KNOWN : size / LANES;
+    const int64_t end = (causal ? groups.back().before : units) * per_unit;
+    alignas(64) Tile made[2][2][2];  // while one is filled, the other is read
+    int64_t last = -1, last_pair = 0;
+    int turn = 0;
+    for (int64_t n = 0; n < end; n += 2)
+      for (int64_t z = 0; z < even; z += 2) {
+        multiply(
+            tile(n), tile(std::min(n + 1, end - 1)), queries(z), queries(z + 1), dim, made[turn]);
+        if (last >= 0) note(last, last_pair, end, per_unit, made[1 - turn]);
+        last = n, last_pair = z, turn = 1 - turn;
+      }
+    if (last >= 0) note(last, last_pair, end, per_unit, made[1 - turn]);
+  }
+
+  inline void note(int64_t n, int64_t pair, int64_t end, int64_t per_unit, Tile (*made)[2]) {
+    for (int64_t i = 0; i < 2 && n + i < end; ++i) {
+      const int64_t unit = (n + i) / per_unit, part = (n + i) % per_unit;
+      for (int64_t z = pair; z < std::min(pair + 2, count); ++z) {
+        const Tile& score = made[i][z - pair];
+        Floats best = score[0], other = score[1];
+        for (int j = 2; j < LANES; j += 2) {
+          best = larger(best, score[j]);
+          other = larger(other, score[j + 1]);
+        }
+        Floats& kept = far[unit * even + z];
+        best = larger(best, other);
+        if (part) best = larger(best, kept);
+        if (part == per_unit - 1) {
+          best = rounded(best);
+          if (may_open(groups[z], unit)) {
+            const Floats x = best - base[z];
+            mass[z] += exponential(-larger(-x, all(-BEYOND)));
+          }
+        }
+        kept = best;
+      }
+    }
+  }
+
+  bool may_open(const Group& mine, int64_t unit) const {
+    return (unit < mine.before || unit >= mine.after) && home[unit] == mine.document;
+  }
+
+  // What 16 queries ask for.
+  void open(int64_t z) {
+    const Group& mine = groups[z];
+    Floats bound;
+    for (int lane = 0; lane < LANES; ++lane) {
+      const float total =
+          base[z][lane] + std::log(mass[z][lane] + std::exp(near[z][lane] - base[z][lane]));
+      const int32_t own = first[mine.begin + lane];
+      bound[lane] = (own == NEVER ? -1 : own) == mine.document ? total + least : -NOTHING;
+    }
+    int32_t* out = since + (mine.head * blocks + mine.block) * units;
+    const int64_t begin = mine.block * rows;
+    if (mine.begin == begin) std::fill(out, out + units, NEVER);
+    for (int64_t unit = 0; unit < units; ++unit) {
+      if (unit == mine.before) unit = std::max(mine.after, mine.before);
+      if (unit >= units) break;
+      if (home[unit] != mine.document) continue;
+      const int lane = first_of(far[unit * even + z] > bound);
+      if (lane == LANES) continue;
+      const int64_t at = prompt ? std::max<int64_t>(begin, mine.document) : mine.begin + lane;
+      out[unit] = std::min(out[unit], int32_t(at));
+    }
+  }
+};
+
+}  // namespace
+
+// Whether this process may use what the machine has.
+extern "C" int flexdga_ready() {
+#if AMX
+  constexpr int ask_for_tiles = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, ask_for_tiles, tile_data) == 0;
+#else
+  return 1;
+#endif
+}
+
+// query (B, G, R, L, D), key (B, G, L, D), first (B, L), home (B, N), since (B, G, R, T, N); sizes
+// B, G, R, L, D, queries of a block, tokens of a unit, window, threads.
+extern "C" void flexdga_openings(
+    const float* query, const bfloat16* key, const int32_t* first, const int32_t* home,
+    int32_t* since, const int64_t* sizes, float scale, float least, int causal, int prompt) {
+  const int64_t batch = sizes[0], kv_heads = sizes[1], rep = sizes[2], length = sizes[3];
+  const int64_t dim = sizes[4], rows = sizes[5], size = sizes[6], window = sizes[7];
+  const int64_t blocks = length / rows, units = length / size;
+  const int64_t each = std::max<int64_t>(TOGETHER / (rep * rows), 1);
+  const int64_t parts = (blocks + each - 1) / each, heads = batch * kv_heads;
+#pragma omp parallel num_threads(sizes[8])
+  {
+    [[maybe_unused]] Session session;
+    Task task;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t number = 0; number < parts * heads; ++number) {
+      const int64_t part = parts - 1 - number / heads, head = number % heads;  // the longest first
+      task.query = query + head * rep * length * dim;
+      task.key = key + head * length * dim;
+      task.first = first + head / kv_heads * length;
+      task.home = home + head / kv_heads * units;
+      task.since = since + head * rep * blocks * units;
+      task.rep = rep, task.length = length, task.blocks = blocks, task.rows = rows;
+      task.units = units, task.size = size, task.dim = dim, task.window = window;
+      task.scale = scale, task.least = least, task.causal = causal, task.prompt = prompt;
+      task.run(part * each, std::min((part + 1) * each, blocks));
+    }
+  }
+}

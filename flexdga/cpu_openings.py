@@ -1,0 +1,100 @@
+"""`openings` by exact estimates on CPU, in one pass: `cpu_openings.cpp`, compiled on first use.
+
+The best key of each unit is found where the products are made, so that no score is ever written to
+memory, and threads wait for each other once: a fifth of the time that products, maxima and the
+graph of `openings` take one after the other. CPUs that multiply tiles of bfloat16 (AMX) do so,
+others use float32. The rule and the roundings are those of `opening.py`; sums come in another order.
+
+Compiled by Inductor's own C++ builder, into its cache. FLEXDGA_STOCK_CPU_KERNEL=1 switches it off:
+then, and on Windows, `opening.py` decides.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexdga.config import DGAConfig
+from flexdga.estimates import unit_documents
+from flexdga.plan import Documents
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+TILE = 32
+"""Numbers of a key that a tile holds."""
+
+
+def decides(query: Tensor, config: DGAConfig) -> bool:
+    """Whether `openings_on_cpu` is for such a call."""
+    return (
+        query.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and config.open_by == "exact"
+        and config.open_units is None
+        and query.shape[-1] % TILE == 0
+        and _library() is not None
+    )
+
+
+def openings_on_cpu(
+    query: Tensor,
+    key: Tensor,
+    docs: Documents,
+    *,
+    config: DGAConfig,
+    is_causal: bool,
+    scale: float,
+) -> Tensor:
+    """`openings` of a whole sequence: (B, H, T, N) int32.
+
+    Args:
+        query: (B, H, L, D), L in whole steps of the plan.
+        key: (B, Hkv, L, D).
+        docs: the documents.
+        config: the choices, for which `decides`.
+        is_causal: whether queries see only the tokens up to themselves.
+        scale: of the scores.
+    """
+    (batch, heads, length, dim), kv_heads = query.shape, key.shape[1]
+    (rows, size), library = config.block_size, _library()
+    assert library is not None
+    since = torch.empty(batch, heads, length // rows, length // size, dtype=torch.int32)
+    inputs = (
+        query.float(),
+        key.bfloat16(),
+        docs.first,
+        unit_documents(docs.first, config),
+    )
+    tensors = [x.contiguous() for x in inputs]
+    numbers = (
+        batch, kv_heads, heads // kv_heads, length, dim, rows, size, config.window,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    least = math.log(config.open_mass) if config.open_mass else -math.inf
+    library.flexdga_openings(
+        *(ctypes.c_void_p(x.data_ptr()) for x in (*tensors, since)),
+        (ctypes.c_int64 * len(numbers))(*numbers),
+        ctypes.c_float(scale),
+        ctypes.c_float(least),
+        int(is_causal),
+        int(config.scope == "prompt"),
+    )
+    return since
+
+
+@functools.cache
+def _library() -> Any:
+    """What was compiled; None where it is not to be had."""
+    if os.environ.get("FLEXDGA_STOCK_CPU_KERNEL", "0") not in ("", "0") or sys.platform == "win32":
+        return None
+    from torch._inductor.codecache import CppCodeCache
+
+    library = CppCodeCache.load(SOURCE.read_text())
+    return library if library.flexdga_ready() else None

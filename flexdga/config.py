@@ -89,12 +89,13 @@ class DGAConfig:
             lets through. What one query opens stays open to the end of its query block.
         open_mass: the share of a query's attention that a unit must seem to hold for the query to
             open it, in [0, 1).
-        open_by: how that share is estimated. `landmarks`: from the four of the unit's keys that lie
-            farthest from their mean, and the smallest box around the others, 6/`block_size[1]` of
-            the arithmetic of all scores; units more than 4096 to 6144 tokens away by the box alone
-            (the box after Quest, arXiv 2406.10774; the rest is flexdga's choice). `exact`: from the
-            best of the unit's keys, for which all scores are computed, in bfloat16, half the
-            arithmetic of dense attention; it opens what is needed and little else.
+        open_by: how that share is estimated. `exact`: from the best of the unit's keys, for which
+            all scores are computed, in bfloat16; it opens what is needed and little else, and on
+            CPU it is the fastest up to some 20000 tokens. `landmarks`, for GPUs, longer texts and
+            `flexdga.parallel`: from the four of the unit's keys that lie farthest from their mean,
+            and the smallest box around the others, 6/`block_size[1]` of that arithmetic; units more
+            than 4096 to 6144 tokens away by the box alone (the box after Quest, arXiv 2406.10774;
+            the rest is flexdga's choice). `auto` knows good blocks and shares for either.
         coarse_beyond: a query with more tokens than this to open from weighs and opens units by
             themselves in the last quarter of so many, and sixteen at a time before that, by the
             mean of their estimates, so that planning hardly grows with the length: 8192, for
@@ -137,15 +138,15 @@ class DGAConfig:
     group_bias: GroupBias = "none"
     rest: Rest = "drop"
     open_units: int | None = None
-    open_mass: float = 0.03
-    open_by: OpenBy = "landmarks"
+    open_mass: float = 0.02
+    open_by: OpenBy = "exact"
     coarse_beyond: int | None = None
     keep_raw: KeepRaw = "full"
     prefill: Prefill = "sparse"
     scope: Scope = "prompt"
-    unit_size: int = 32
+    unit_size: int = 16
     align: bool = True
-    block_size: tuple[int, int] = (32, 32)
+    block_size: tuple[int, int] = (32, 16)
     dense_below: int | None = None
 
     def __post_init__(self) -> None:
@@ -267,8 +268,9 @@ class DGAConfig:
     def auto(cls, budget: float, **changes: Any) -> DGAConfig:
         """The best setting found for a budget, to be checked on one's own model.
 
-        With `open_by="exact"` blocks and units are of 16 tokens, and a budget goes much farther;
-        but planning computes half of dense attention's scores, if in bfloat16.
+        Blocks and units are of 16 tokens (a tenth nearer to dense than the default's 32 × 16 at
+        one budget, and as much slower), with `open_by="landmarks"` of 32, and a budget then goes
+        half as far.
 
         Args:
             budget: score entries to compute, as a share of dense causal attention's over 4096
@@ -279,18 +281,17 @@ class DGAConfig:
         Raises:
             ValueError: the budget is not between 0.06 and 0.5.
         """
-        open_by = changes.get("open_by", "landmarks")
+        open_by = changes.get("open_by", "exact")
         # A wrong name is refused below.
-        budgets = AUTO_BUDGETS.get(open_by, AUTO_BUDGETS["landmarks"])
+        budgets = AUTO_BUDGETS.get(open_by, AUTO_BUDGETS["exact"])
         low, high = budgets[0][0], budgets[-1][0]
         if not low <= budget <= high:
             raise ValueError(f"budget: expected {low} to {high}, got {budget!r}")
         pairs = itertools.pairwise(budgets)
         (x0, y0), (x1, y1) = next(pair for pair in pairs if budget <= pair[1][0])
         base: dict[str, Any] = {"open_mass": y0 * (y1 / y0) ** ((budget - x0) / (x1 - x0))}
-        if open_by == "exact":
-            base |= {"block_size": (16, 16), "unit_size": 16}
-        return cls(**(base | changes))
+        size = 32 if open_by == "landmarks" else 16
+        return cls(**(base | {"block_size": (size, size), "unit_size": size} | changes))
 
     @classmethod
     def cca(cls, **changes: Any) -> DGAConfig:
@@ -362,7 +363,10 @@ class DGAConfig:
 
     @classmethod
     def _exact_or_dropped(cls, **fields: Any) -> DGAConfig:
-        base: dict[str, Any] = {"rest": "drop", "open_units": 0, "dense_below": 0}
+        base: dict[str, Any] = {
+            "rest": "drop", "open_units": 0, "open_by": "landmarks", "unit_size": 32,
+            "block_size": (32, 32), "dense_below": 0,
+        }  # fmt: skip
         return cls(**(base | fields))
 
     # Derived once; fields and not properties, so that compilers find constants in them.

@@ -366,3 +366,56 @@ extern "C" void flexdga_openings(
     }
   }
 }
+
+// The best score of each unit's keys: out (heads, rows, units) of query (heads, rows, D) and key
+// (heads, at least units·size, D) with a stride from head to head; sizes heads, rows, D, units,
+// tokens of a unit, stride, threads.
+extern "C" void flexdga_best_keys(
+    const float* query, const bfloat16* key, float* out, const int64_t* sizes, float scale) {
+  const int64_t heads = sizes[0], rows = sizes[1], dim = sizes[2], units = sizes[3];
+  const int64_t size = sizes[4], stride = sizes[5];
+  const int64_t part = 4096 / size, parts = (units + part - 1) / part;
+#pragma omp parallel num_threads(sizes[6])
+  {
+    [[maybe_unused]] Session session;
+    std::vector<float> some(LANES * dim);
+    std::vector<Packed> packed(2 * LANES * dim);
+    alignas(64) Tile made[2][2];
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < heads * parts; ++task) {
+      const int64_t head = task / parts, first = task % parts * part;
+      const int64_t end = std::min(first + part, units);
+      for (int64_t row = 0; row < rows; row += 2 * LANES) {
+        for (int y = 0; y < 2; ++y) {
+          const int64_t from = std::min(row + y * LANES, rows);
+          const int64_t to = std::min(from + LANES, rows);
+          std::fill(some.begin(), some.end(), 0.0f);
+          std::copy(query + (head * rows + from) * dim, query + (head * rows + to) * dim,
+                    some.begin());
+          pack(some.data(), dim, scale, &packed[y * LANES * dim]);
+        }
+        for (int64_t unit = first; unit < end; unit += 2 * LANES / std::min(size, 2 * LANES)) {
+          Floats best[2][2];
+          for (int64_t tile = 0; tile < std::max<int64_t>(size / LANES, 2); tile += 2) {
+            const bfloat16* at = key + head * stride + (unit * size + tile * LANES) * dim;
+            const bool alone = size == LANES && unit + 1 == end;
+            multiply(at, at + (alone ? 0 : LANES * dim), packed.data(), &packed[LANES * dim], dim,
+                     made);
+            for (int i = 0; i < 2; ++i)
+              for (int y = 0; y < 2; ++y) {
+                Floats x = made[i][y][0];
+                for (int j = 1; j < LANES; ++j) x = larger(x, made[i][y][j]);
+                best[i][y] = tile ? larger(best[i][y], x) : x;
+              }
+          }
+          if (size > LANES)
+            for (int y = 0; y < 2; ++y) best[0][y] = larger(best[0][y], best[1][y]);
+          for (int64_t i = 0; i < (size == LANES ? 2 : 1) && unit + i < end; ++i)
+            for (int64_t r = row; r < std::min(row + 2 * LANES, rows); ++r)
+              out[(head * rows + r) * units + unit + i] =
+                  rounded(best[i][(r - row) / LANES])[(r - row) % LANES];
+        }
+      }
+    }
+  }
+}

@@ -3,7 +3,7 @@
 The best key of each unit is found where the products are made, so that no score is ever written to
 memory, and threads wait for each other once: a fifth of the time that products, maxima and the
 graph of `openings` take one after the other. CPUs that multiply tiles of bfloat16 (AMX) do so,
-others use float32. The rule and the roundings are those of `opening.py`; sums come in another order.
+others use float32. Rule and roundings are those of `opening.py`; sums come in another order.
 
 Compiled by Inductor's own C++ builder, into its cache. FLEXDGA_STOCK_CPU_KERNEL=1 switches it off:
 then, and on Windows, `opening.py` decides.
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from flexdga.config import DGAConfig
-from flexdga.estimates import unit_documents
 from flexdga.plan import Documents
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -47,6 +46,7 @@ def openings_on_cpu(
     query: Tensor,
     key: Tensor,
     docs: Documents,
+    home: Tensor,
     *,
     config: DGAConfig,
     is_causal: bool,
@@ -58,6 +58,7 @@ def openings_on_cpu(
         query: (B, H, L, D), L in whole steps of the plan.
         key: (B, Hkv, L, D).
         docs: the documents.
+        home: (B, N) int32, `Units.first`.
         config: the choices, for which `decides`.
         is_causal: whether queries see only the tokens up to themselves.
         scale: of the scores.
@@ -66,12 +67,7 @@ def openings_on_cpu(
     (rows, size), library = config.block_size, _library()
     assert library is not None
     since = torch.empty(batch, heads, length // rows, length // size, dtype=torch.int32)
-    inputs = (
-        query.float(),
-        key.bfloat16(),
-        docs.first,
-        unit_documents(docs.first, config),
-    )
+    inputs = (query.float(), key.bfloat16(), docs.first, home)
     tensors = [x.contiguous() for x in inputs]
     numbers = (
         batch, kv_heads, heads // kv_heads, length, dim, rows, size, config.window,
@@ -87,6 +83,33 @@ def openings_on_cpu(
         int(config.scope == "prompt"),
     )
     return since
+
+
+def best_keys_on_cpu(query: Tensor, key: Tensor, *, config: DGAConfig, scale: float) -> Tensor:
+    """(B, H, C, N) float32, the best score of each unit's keys: for few queries, and a cache.
+
+    Args:
+        query: (B, H, C, D).
+        key: (B, Hkv, N·U, D) bfloat16.
+        config: the choices, for which `decides`.
+        scale: of the scores.
+    """
+    (batch, heads, count, dim), kv_heads, size = query.shape, key.shape[1], config.block_size[1]
+    key = key.reshape(batch * kv_heads, *key.shape[2:])
+    key = key if key.stride()[1:] == (dim, 1) else key.contiguous()
+    units, library = key.shape[1] // size, _library()
+    assert library is not None
+    rows, best = query.float().contiguous(), query.new_empty(batch, heads, count, units).float()
+    numbers = (
+        key.shape[0], heads // kv_heads * count, dim, units, size, key.stride(0),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    library.flexdga_best_keys(
+        *(ctypes.c_void_p(x.data_ptr()) for x in (rows, key, best)),
+        (ctypes.c_int64 * len(numbers))(*numbers),
+        ctypes.c_float(scale),
+    )
+    return best
 
 
 @functools.cache

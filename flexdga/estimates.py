@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from flexdga.config import DGAConfig
+from flexdga.cpu_openings import best_keys_on_cpu, decides
 from flexdga.indexing import stored_mask
 from flexdga.plan import NEVER
 
@@ -115,6 +116,8 @@ def far_log_mass(
         scale: of the scores.
         beyond: `units_beyond` of blocks of equally many queries; None: landmarks of all count.
     """
+    if decides(query, config):
+        return best_keys_on_cpu(query, units.bfloat16(), config=config, scale=scale)
     rows = in_matrices(query_features(query, scale, config), units.shape[1])
     if config.open_by == "landmarks":
         weigh = _of_few if query.shape[2] == 1 else _of_many

@@ -77,7 +77,10 @@ def open_table(
         run: how to call `openings`.
     """
     if decides(query, config):
-        return openings_on_cpu(query, key, docs, config=config, is_causal=is_causal, scale=scale)
+        home = unit_documents(docs.first, config)
+        return openings_on_cpu(
+            query, key, docs, home, config=config, is_causal=is_causal, scale=scale
+        )
     # On CPU they are a few large views and copies: not worth the seconds of a compilation.
     prepare = prepared if key.device.type == "cpu" else functools.partial(run, prepared)
     around, units = prepare(key, docs.first, config=config, is_causal=is_causal)

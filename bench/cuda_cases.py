@@ -14,10 +14,10 @@ from flexdga.decode import LayerCache
 
 Program = Literal["attend", "call", "graph", "decode"]
 CONFIGS = {
-    "opens": DGAConfig(scope="causal", dense_below=0),
+    "opens": DGAConfig.auto(0.15, open_by="landmarks", scope="causal", dense_below=0),
     "groups": DGAConfig(
         scope="causal", dense_below=0, rest="group", open_units=0, focal_ratio=0.1, window=96,
-        group_bias="mass",
+        group_bias="mass", unit_size=32, block_size=(32, 32),
     ),
 }  # fmt: skip
 """The default and a grouped one, in the scope of training and of decoding."""

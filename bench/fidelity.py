@@ -73,12 +73,11 @@ class Defaults:
     compiled: bool
 
 
-BEST = ("auto", "exact", "streaming_llm", "h2o", "block_selection")
+BEST = ("auto", "default", "landmarks", "streaming_llm", "h2o", "block_selection")
 FULL = Defaults(
-    TASKS, 2, (4096, 8192), 3, tuple(name for name in METHODS if name != "default"), BEST,
+    TASKS, 2, (4096, 8192), 3, tuple(METHODS), BEST,
     (0.10, 0.15, 0.22), (0.10,), VARIANTS, (1024, 4096), (0.15,), (0.1, 0.5, 0.9), True,
 )  # fmt: skip
-"""The default is auto at .15."""
 FEW = ("auto", "paper", "streaming_llm", "h2o")
 QUICK = Defaults(
     ("lm", "needle"), 1, (2048,), 1, FEW, FEW, (0.15,), (0.15,), ("single",), (1024,), (0.15,),

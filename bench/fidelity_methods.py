@@ -62,14 +62,14 @@ def _auto(budget: float, length: int, scope: Scope) -> DGAConfig:
     return DGAConfig.auto(budget=_over_4096(budget, length), scope=scope, dense_below=0)
 
 
-def _exact(budget: float, length: int, scope: Scope) -> DGAConfig:
+def _landmarks(budget: float, length: int, scope: Scope) -> DGAConfig:
     budget = _over_4096(budget, length)
-    return DGAConfig.auto(budget=budget, open_by="exact", scope=scope, dense_below=0)
+    return DGAConfig.auto(budget=budget, open_by="landmarks", scope=scope, dense_below=0)
 
 
 def _over_4096(budget: float, length: int) -> float:
-    """What costs so much of a longer text: a threshold opens about as much of any length."""
-    return max(budget, min(budget * length / 4096, 0.5))
+    """What costs so much of a longer text, in which a threshold opens a little more."""
+    return max(budget, min(budget * (length / 4096) ** 0.8, 0.5))
 
 
 def _cca(budget: float, length: int, scope: Scope) -> DGAConfig:
@@ -120,8 +120,8 @@ def _block_selection(budget: float, length: int, scope: Scope) -> DGAConfig:
 METHODS = {
     method.name: method
     for method in (
-        Method("auto", _auto, "DGAConfig.auto(budget); over 8192 tokens of twice the budget"),
-        Method("exact", _exact, "the same with open_by='exact'"),
+        Method("auto", _auto, "DGAConfig.auto(budget); over 8192 tokens of 1.7 times the budget"),
+        Method("landmarks", _landmarks, "the same with open_by='landmarks'"),
         Method("default", lambda b, n, scope: DGAConfig(scope=scope, dense_below=0),
                "DGAConfig(), no budget", budgeted=False),
         Method("paper", lambda b, n, scope: DGAConfig.paper(scope=scope),

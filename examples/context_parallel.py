@@ -55,7 +55,9 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model).eval().to(device)
 
     # No token is planned with what follows it.
-    config = flexdga.DGAConfig(scope="causal", dense_below=options.dense_below)
+    config = flexdga.DGAConfig.auto(
+        0.15, open_by="landmarks", scope="causal", dense_below=options.dense_below
+    )
     flexdga.wrap(model.model, config, mesh=mesh, gather=False)  # the part below the logits
     shards = Shards(tokens.shape[1], mesh, config)
     following = F.pad(tokens[:, 1:], (0, 1), value=-100)

@@ -102,9 +102,10 @@ class DGAConfig:
             example. None: always by themselves, as inside compilers, with `exact`, with a number of
             `open_units`, and in attention that is not causal.
         keep_raw: what a `DGACache` keeps of tokens that left the window, for decoding to open:
-            `full` (with `open_by="exact"` the keys in bfloat16 besides), `int8` (per token and
-            head), `cpu` (in host memory), or `none`, which frees them, and then decoding opens
-            nothing.
+            `full`, `int8` (per token and head), `cpu` (in host memory), or `none`, which frees
+            them, and then decoding opens nothing. With `open_by="exact"` the keys are kept in
+            bfloat16 besides, but for `int8`, where each step unpacks them: slow over long texts,
+            for which `landmarks` is right.
         prefill: `dense` attends to a prompt densely, and only what a `DGACache` keeps of it is
             compressed (SnapKV).
         scope: what a plan may look at. `prompt`: the whole prompt plans the prompt. `causal`: no
@@ -421,6 +422,9 @@ class DGAConfig:
             per_step = math.ceil(self.step * (share if self.focal_budget is None else 1))
         derive("focal_per_step", per_step)
 
+
+PARALLEL = DGAConfig.auto(0.15, open_by="landmarks")
+"""The default of `flexdga.parallel`: by `exact` the keys of all ranks would travel."""
 
 LayerRule = Callable[[int], DGAConfig | None]
 """The configuration of each layer by its number; None leaves a layer dense."""

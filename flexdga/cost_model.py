@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flexdga.cpu_openings import in_one_pass
 from flexdga.estimates import LANDMARKS, NEAR, SEGMENT
 from flexdga.scratch import scores_held
 from flexdga.stretches import TOGETHER
@@ -33,11 +34,11 @@ if TYPE_CHECKING:
 WEIGHTS = {
     "cpu": {
         "entries": 1.2, "blocks": 75.0, "near": 5.2, "units": 0.6, "landmarks": 0.8,
-        "keys": 0.48, "probes": 7.0, "tokens": 53.0,
+        "keys": 0.48, "one_pass": 0.095, "probes": 7.0, "tokens": 53.0,
     },
     "cuda": {
         "entries": 6.5, "blocks": 0.0, "near": 19.0, "units": 6.5, "landmarks": 4.2,
-        "keys": 2.5, "probes": 4.0, "tokens": 1000.0,
+        "keys": 2.5, "one_pass": 0.0, "probes": 4.0, "tokens": 1000.0,
     },
 }  # fmt: skip
 CALL = {"cpu": 1_000_000.0, "cuda": 3_600_000_000.0}
@@ -46,6 +47,8 @@ whatever there are: Python and small operations. An entry is 1.9 ns, on a GPU 0.
 than a CPU are taken for GPUs."""
 WIDE = {"cpu": 0.9, "cuda": 0.72}
 """The part of an entry of SDPA's that grows with head_dim."""
+NEAR_KEYS = 8
+"""What a key too near to open counts in one pass (`cpu_openings.py`), in keys that are weighed."""
 CAUSAL_PROBES, HIDING = 0.6, 2.4
 """What a probe's score takes in `causal` scope, and the kernel's where openings hide slots, over
 those that `WEIGHTS` has."""
@@ -157,6 +160,7 @@ def work(config: DGAConfig, case: Case, length: int) -> dict[str, float]:
 
     - entries, blocks: that the kernel computes and visits.
     - near: scores of keys too near to open. units: that queries weigh; landmarks, keys: of these.
+    - one_pass: keys that `cpu_openings.py` weighs.
     - probes: scores of the probes.
     - tokens: rows of 64 numbers of query, key and value, that are copied.
     """
@@ -166,6 +170,7 @@ def work(config: DGAConfig, case: Case, length: int) -> dict[str, float]:
     queries, wide = case.heads * length, (1 + case.head_dim / 64) / 2
     keys = queries * sum(seen.values())
     exact = config.open_by == "exact"
+    one_pass = exact and case.device == "cpu" and in_one_pass(config, case.head_dim)
     # Of queries, weighed together:
     stretch = columns * (TOGETHER if exact else scores_held(case.device) / queries)
     weighed = queries * (length + min(stretch, length)) / 2 * wide * config.opens
@@ -176,13 +181,15 @@ def work(config: DGAConfig, case: Case, length: int) -> dict[str, float]:
         probed *= CAUSAL_PROBES * (1 + config.window / config.unit_size)
     # Slots of open units hide, which the kernel has to find out entry by entry.
     hiding = HIDING if config.opens and not config.only_sinks else 1.0
+    too_near = queries * (rows + config.window) * wide * config.opens
     return {
         "entries": keys * wide * hiding,
         "blocks": keys / (rows * columns),
-        "near": queries * (rows + config.window) * wide * config.opens,
-        "units": weighed / columns,
+        "near": too_near * (not one_pass),
+        "units": weighed / columns * (not one_pass),
         "landmarks": queries * near * wide * config.opens * (not exact) / columns * LANDMARKS,
-        "keys": weighed * exact,
+        "keys": weighed * (exact and not one_pass),
+        "one_pass": (weighed + NEAR_KEYS * too_near) * one_pass,
         "probes": queries * probed * config.needs_importance,
         "tokens": (case.heads + 2 * case.kv_heads) * length * case.head_dim / 64,
     }

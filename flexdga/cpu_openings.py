@@ -35,11 +35,14 @@ def decides(query: Tensor, config: DGAConfig) -> bool:
     return (
         query.device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and config.open_by == "exact"
-        and config.open_units is None
-        and query.shape[-1] % TILE == 0
+        and in_one_pass(config, query.shape[-1])
         and _library() is not None
     )
+
+
+def in_one_pass(config: DGAConfig, head_dim: int) -> bool:
+    """Whether openings of such a config are decided here, where a library is to be had."""
+    return config.open_by == "exact" and config.open_units is None and head_dim % TILE == 0
 
 
 def openings_on_cpu(

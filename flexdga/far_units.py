@@ -95,8 +95,9 @@ class FarUnits:
         if self.config.open_by == "landmarks":
             features = unit_features(key, self.config)
             return features.float() if key.device.type == "cpu" else features
-        kept = self.config.keep_raw == "full" and key.dtype != torch.bfloat16
-        return key.bfloat16() if kept else None
+        whole = key.dtype == torch.bfloat16  # then raw keys serve, where they are at hand
+        kept = {"full": not whole, "cpu": not whole or key.device.type != "cpu"}
+        return key.bfloat16() if kept.get(self.config.keep_raw, False) else None
 
     def _keep(self, key: Tensor, value: Tensor) -> None:
         """Keep the tokens of units that follow the others."""

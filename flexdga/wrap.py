@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from torch import nn
 
-from flexdga.config import DGAConfig, LayerRule
+from flexdga.config import PARALLEL, DGAConfig, LayerRule
 from flexdga.plain import unwrap_plain, wrap_plain
 from flexdga.report import LayerReport, Report
 
@@ -49,7 +49,8 @@ def wrap(
 
     Args:
         model: the model.
-        config: of its attention; None = `DGAConfig()`.
+        config: of its attention; None = `DGAConfig()`, with a `mesh` the default of
+            `parallel_attention`.
         layers: another configuration for some layers: a mapping, or a function of the layer's
             number (in a plain PyTorch model, of the call within a forward pass). None, from it or
             in it, leaves a layer dense.
@@ -74,7 +75,8 @@ def wrap(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    config = DGAConfig() if config is None else config
+    if config is None:
+        config = DGAConfig() if mesh is None else PARALLEL
     if not isinstance(config, DGAConfig):
         raise TypeError(f"config: expected a DGAConfig, got {type(config).__name__}")
     if getattr(model, _ATTRIBUTE, None) is not None:

@@ -22,6 +22,11 @@ def small(**changes) -> DGAConfig:
     return DGAConfig(**(SMALL | changes))
 
 
+def by_landmarks(**changes) -> DGAConfig:
+    """What `flexdga.parallel` and GPUs take."""
+    return DGAConfig.auto(0.15, **({"open_by": "landmarks", "dense_below": 0} | changes))
+
+
 def qkv(batch=1, heads=2, kv_heads=2, length=200, head_dim=32, dtype=torch.float32) -> list[Tensor]:
     shapes = [(batch, h, length, head_dim) for h in (heads, kv_heads, kv_heads)]
     return [torch.randn(shape).to(dtype) for shape in shapes]

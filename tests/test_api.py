@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("eager")
         ({"scope": "future"}, ValueError, r"scope: expected one of \('prompt', 'causal'\)"),
         ({"importance": 3}, ValueError, "importance: expected one of"),
         ({"open_units": -1}, ValueError, "open_units: expected an int ≥ 0, got -1"),
-        ({"open_units": 2, "unit_size": 64}, ValueError, r"unit_size: .* \(32\) .* got 64"),
+        ({"open_units": 2, "unit_size": 64}, ValueError, r"unit_size: .* \(16\) .* got 64"),
         ({"rest": "group", "window": 0}, ValueError, "window: .* with open_units, got 0"),
         ({"open_mass": 1.0}, ValueError, r"open_mass: expected a float in \[0, 1\), got 1.0"),
         ({"open_units": 0, "window": 0}, ValueError, "window: with rest='drop'.* got 0"),

@@ -35,8 +35,8 @@ def graphs() -> int:
 @pytest.mark.parametrize(
     ("scope", "expected"),
     [
-        ("causal", [5, 5, 5, 5, 5, 5, 5]),
-        pytest.param("prompt", [5, 5, 5, 5, 6, 6, 6], marks=pytest.mark.slow),
+        ("causal", [3, 3, 3, 3, 3, 3, 3]),
+        pytest.param("prompt", [3, 3, 3, 3, 4, 4, 4], marks=pytest.mark.slow),
     ],
 )
 def test_lengths_texts_and_layouts_share_one_compilation(scope, expected):

@@ -81,7 +81,7 @@ def nodes(program: torch.export.ExportedProgram, target: object) -> int:
 @pytest.mark.parametrize(
     "config",
     [DGAConfig(), small(), DGAConfig.paper(), DGAConfig.h2o(), DGAConfig.dense(),
-     DGAConfig(focal_budget=7, focal_ratio=0.3, block_size=(64, 32), scope="prompt", align=True)],
+     DGAConfig(focal_budget=7, focal_ratio=0.3, block_size=(64, 16), scope="prompt", align=True)],
 )  # fmt: skip
 def test_a_config_survives_its_spelling(config):
     assert read(spell(config)) == config

@@ -164,7 +164,7 @@ def test_units_open_by_their_landmarks_and_far_ones_by_boxes(layout, coarse_beyo
         monkeypatch.setattr(module, "NEAR", 256)
         monkeypatch.setattr(module, "SEGMENT", 128)
     config = small(unit_size=16, open_units=None, open_mass=0.02, scope="causal")
-    config = dataclasses.replace(config, coarse_beyond=coarse_beyond)
+    config = dataclasses.replace(config, coarse_beyond=coarse_beyond, open_by="landmarks")
     length = 1300
     query, key, value = qkv(batch=2, heads=4, length=length)
     query = 2 * query

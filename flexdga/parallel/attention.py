@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flexdga.attention import _as_autocast, _without_autocast
 from flexdga.checks import check_documents, check_inputs
-from flexdga.config import DGAConfig
+from flexdga.config import PARALLEL, DGAConfig
 from flexdga.cost_model import dense_below
 from flexdga.cpu_backward import wants_gradient
 from flexdga.parallel.decoding import ShardedCache
@@ -58,8 +58,9 @@ def parallel_attention(
         key: (B, Hkv, shards.local_length, D).
         value: (B, Hkv, shards.local_length, Dv).
         shards: how the sequence is cut, and over which ranks.
-        config: the choices; None = `DGAConfig()`. Groups must end at a unit: those of `sequence` do
-            in `causal` scope, or where units open.
+        config: the choices; None = `DGAConfig.auto(0.15, open_by="landmarks")`, for by `exact` the
+            keys of all would travel. Groups must end at a unit: those of `sequence` do in `causal`
+            scope, or where units open.
         scale: of the scores; None = 1/√D.
         document_ids: (B, shards.length) of the whole sequence, as `dga_attention` takes them.
         cache: an empty one of this config and these ranks, to go on with: `cache.attend`.
@@ -76,7 +77,7 @@ def parallel_attention(
     """
     if not isinstance(shards, Shards):
         raise TypeError(f"shards: expected Shards, got {type(shards).__name__}")
-    config = DGAConfig() if config is None else config
+    config = PARALLEL if config is None else config
     if not isinstance(config, DGAConfig):
         raise TypeError(f"config: expected a DGAConfig, got {type(config).__name__}")
     query, key, value = _as_autocast(query, key, value)

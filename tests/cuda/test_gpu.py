@@ -9,7 +9,7 @@ import copy
 
 import pytest
 import torch
-from helpers import TOLERANCE, qkv, relative_error, small
+from helpers import TOLERANCE, by_landmarks, qkv, relative_error, small
 from test_backward import gradients, oracle
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -31,7 +31,7 @@ from flexdga import (
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 CONFIGS = {
-    "default": DGAConfig(dense_below=0),
+    "default": by_landmarks(),
     "groups": DGAConfig(dense_below=0, open_units=0, rest="group", group_bias="mass"),
     "small": small(),
     "causal": small(scope="causal", group_weights="importance"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from flexdga_bench.parallel_model import Open, bytes_sent
 from flexdga_bench.workloads import Shape
-from helpers import TOLERANCE, small
+from helpers import TOLERANCE, by_landmarks, small
 
 from flexdga import DGAConfig
 from flexdga.parallel import Shards, parallel_attention
@@ -22,8 +22,8 @@ def packed(length: int) -> torch.Tensor:
     return ids
 
 
-DEFAULT = DGAConfig(dense_below=0)
-CAUSAL = DGAConfig(dense_below=0, scope="causal")
+DEFAULT = by_landmarks()
+CAUSAL = by_landmarks(scope="causal")
 OPEN_GROUPS = small(
     scope="causal", unit_size=16, open_units=None, open_mass=0.01, group_bias="mass",
     group_weights="importance",
@@ -69,7 +69,9 @@ PLAIN, GROUPED = (2, 2, 2), (1, 6, 2)
         pytest.param(
             DGAConfig.streaming_llm(window=40, sinks=0), (*PLAIN, 500, 32), {}, id="no slots"
         ),
-        pytest.param(DGAConfig(), (*PLAIN, 500, 32), {"ids": packed(500)}, id="dense"),
+        pytest.param(
+            by_landmarks(dense_below=None), (*PLAIN, 500, 32), {"ids": packed(500)}, id="dense"
+        ),
     ],
 )  # fmt: skip
 def test_equals_one_process(ranks, config, shape, arguments):
@@ -92,7 +94,7 @@ def test_equals_one_process_however_it_is_cut(ranks, world, balanced):
             small(scope="causal"), (*GROUPED, 400, 32), {"dtype": torch.bfloat16}, id="bfloat16"
         ),
         pytest.param(CAUSAL, (*PLAIN, 300, 32), {"dtype": torch.float64}, id="float64"),
-        pytest.param(DGAConfig(), (*GROUPED, 300, 32), {}, id="dense"),
+        pytest.param(by_landmarks(dense_below=None), (*GROUPED, 300, 32), {}, id="dense"),
     ],
 )  # fmt: skip
 def test_gradients_equal_one_process(ranks, config, shape, arguments):

@@ -7,12 +7,12 @@ import dataclasses
 import parallel_work
 import pytest
 import torch
-from helpers import TOLERANCE, small
+from helpers import TOLERANCE, by_landmarks, small
 
 from flexdga import DGAConfig
 from flexdga.parallel import ShardedCache
 
-DEFAULT = DGAConfig(dense_below=0)
+DEFAULT = by_landmarks()
 OPEN_GROUPS = small(
     scope="causal", unit_size=16, open_units=4, open_mass=0.01, group_bias="mass",
     group_weights="importance",
@@ -45,7 +45,7 @@ def ended(length: int) -> torch.Tensor:
             {"int8": True}, False, id="int8 slots",
         ),
         pytest.param(
-            2, DGAConfig(dense_below=340), (1, 2, 2, 333, 32), {}, True, id="dense, then sparse"
+            2, by_landmarks(dense_below=340), (1, 2, 2, 333, 32), {}, True, id="dense, then sparse"
         ),
         pytest.param(
             4, small(grouping="similarity", focal_ratio=0.1), (1, 6, 2, 333, 32), {}, False,
@@ -60,7 +60,7 @@ def ended(length: int) -> torch.Tensor:
             {"steps": WINDING, "ids": ended(500)}, True, id="winding, raw tokens in int8",
         ),
         pytest.param(
-            4, DGAConfig(dense_below=0, keep_raw="cpu"), (1, 6, 2, 333, 32), {}, True,
+            4, by_landmarks(keep_raw="cpu"), (1, 6, 2, 333, 32), {}, True,
             id="raw tokens in host memory",
         ),
         pytest.param(
@@ -68,7 +68,7 @@ def ended(length: int) -> torch.Tensor:
             id="no raw tokens",
         ),
         pytest.param(
-            2, DGAConfig(dense_below=340), (2, 2, 2, 333, 32), {"steps": WINDING}, True,
+            2, by_landmarks(dense_below=340), (2, 2, 2, 333, 32), {"steps": WINDING}, True,
             id="winding, dense, then sparse",
         ),
     ],

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import parallel_work
 import pytest
-from helpers import small
+from helpers import by_landmarks, small
 from ranks import Ranks
-
-from flexdga import DGAConfig
 
 SHAPE = (1, 2, 2, 300, 32)
 TIMEOUT = 4.0
@@ -17,7 +15,7 @@ LATE = 1
 
 @pytest.mark.parametrize(
     ("config", "decode"),
-    [(small(scope="causal"), False), (DGAConfig(dense_below=0), True)],
+    [(small(scope="causal"), False), (by_landmarks(), True)],
     ids=["attention", "decoding"],
 )
 def test_a_rank_that_stalls_is_named(ranks, config, decode):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import parallel_work
 import pytest
 import torch
-from helpers import small
+from helpers import by_landmarks, small
 
 import flexdga
-from flexdga import DGAConfig
 
 pytest.importorskip("transformers")
 CONFIG = small(scope="causal")
@@ -35,7 +34,7 @@ def test_a_training_step_with_fsdp_equals_one_process(ranks):
 
 
 def test_tokens_equal_one_process(ranks):
-    config = DGAConfig(dense_below=0, open_mass=0.01)
+    config = by_landmarks(open_mass=0.01)
     for got, want, error, sent in ranks.results(parallel_work.generated, config, 301, 50):
         assert got.shape == (2, 351) and torch.equal(got, want)
         assert error < 10 * LIMIT, error  # weights ten times as large
@@ -44,7 +43,7 @@ def test_tokens_equal_one_process(ranks):
 
 
 def test_beams_and_guesses_equal_one_process(ranks):
-    config = DGAConfig(dense_below=0, open_mass=0.01)
+    config = by_landmarks(open_mass=0.01)
     for want, got in ranks.results(parallel_work.searched, config, 261, 40):
         for mine, theirs in zip(got, want):
             assert torch.equal(mine, theirs)

@@ -3,8 +3,7 @@
 The unit of time is one score entry of SDPA's causal kernel, at a head_dim of 64: at float32 on one
 thread of a CPU, or in half precision on a GPU. `dense_time` counts such entries; `work` counts what
 a call of DGA does, by kind, and `WEIGHTS` says how many entries each kind is worth. Only these
-ratios matter, which differ less from machine to machine than times do. What queries open is that of
-a text, not of random numbers.
+ratios matter, which differ less from machine to machine than times do.
 
 Weights of a CPU were fitted to CPU time of one thread (Intel Xeon with AVX-512 and AMX, torch 2.13,
 random tensors of 1024 to 8192 tokens): bench/NOTES.md has them beside what was measured. Those of a
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = {
     "cpu": {
-        "entries": 1.2, "blocks": 75.0, "near": 5.2, "units": 0.6, "landmarks": 0.8,
+        "entries": 1.2, "blocks": 110.0, "near": 5.2, "units": 0.6, "landmarks": 0.8,
         "keys": 0.48, "one_pass": 0.095, "probes": 7.0, "tokens": 53.0,
     },
     "cuda": {
@@ -56,9 +55,11 @@ HALF = {"dense": 0.43, "DGA": 0.9}
 """What half precision leaves of both times: measured in bfloat16, which AMX multiplies."""
 DIAGONAL = 512
 """Keys in a block of SDPA's, of which it computes those on the diagonal whole."""
-OPENED = {"landmarks": 0.24, "exact": 0.17}
-"""Units that a query block opens of a long text, times `open_mass`: SmolLM2-135M reading English, 7
-layers. Of a past that is not much longer than what that makes it opens less."""
+OPENED = {"landmarks": 0.24, "exact": 1.4}
+"""Units that a query block opens of a long past, by `1 / open_mass - 1`; of one that is not much longer
+than what that makes it opens less. `landmarks`: SmolLM2-135M reading English, 7 layers. `exact`:
+numbers at random, so that DGA is chosen where it is faster even for these; text opens .2, and gains
+from 1100 tokens on where these do from 3000."""
 DOUBT = 2.0
 """DGA's weight on a GPU."""
 STEPS_GAIN = 4096
@@ -215,7 +216,7 @@ def keys_seen(config: DGAConfig, length: int) -> dict[str, float]:
         groups = (1 - focal) / config.group_size
     opened = 0.0
     if config.opens:
-        units = OPENED[config.open_by] / max(config.open_mass, 1e-6)
+        units = OPENED[config.open_by] * (1 / max(config.open_mass, 1e-6) - 1)
         most = columns * min(units, config.open_units or units)
         opened = most * far / (most + far)
     # Over a prompt importance prefers what is old, which all queries see.

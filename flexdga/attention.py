@@ -22,7 +22,7 @@ from flexdga.config import DGAConfig, as_constant
 from flexdga.cost_model import dense_below
 from flexdga.cpu_backward import attend_on_cpu, plan_alone, stands_apart, wants_gradient
 from flexdga.cpu_kernel import ask_for_instructions
-from flexdga.estimates import best_keys, near_log_scores
+from flexdga.estimates import near_log_scores
 from flexdga.folding import by_kv_head, in_parts
 from flexdga.indexing import filled
 from flexdga.kernel import attend, attend_slots
@@ -297,7 +297,6 @@ _compiled: dict[Callable[..., Any], Callable[..., Any]] = {
     )
     for function in (
         plan_attention,
-        best_keys,
         near_log_scores,
         openings,
         prepared,

@@ -22,10 +22,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexdga.cpu_openings import in_one_pass
 from flexdga.estimates import LANDMARKS, NEAR, SEGMENT
 from flexdga.scratch import scores_held
-from flexdga.stretches import TOGETHER
 
 if TYPE_CHECKING:
     from flexdga.config import DGAConfig
@@ -56,10 +54,10 @@ HALF = {"dense": 0.43, "DGA": 0.9}
 DIAGONAL = 512
 """Keys in a block of SDPA's, of which it computes those on the diagonal whole."""
 OPENED = {"landmarks": 0.24, "exact": 1.4}
-"""Units that a query block opens of a long past, by `1 / open_mass - 1`; of one that is not much longer
-than what that makes it opens less. `landmarks`: SmolLM2-135M reading English, 7 layers. `exact`:
-numbers at random, so that DGA is chosen where it is faster even for these; text opens .2, and gains
-from 1100 tokens on where these do from 3000."""
+"""Units that a query block opens of a long past, by `1 / open_mass - 1`; of one that is not much
+longer than what that makes it opens less. `landmarks`: SmolLM2-135M reading English, 7 layers.
+`exact`: numbers at random, so that DGA is chosen where it is faster even for these; text opens .2,
+and gains from 1100 tokens on where these do from 3000."""
 DOUBT = 2.0
 """DGA's weight on a GPU."""
 STEPS_GAIN = 4096
@@ -171,9 +169,9 @@ def work(config: DGAConfig, case: Case, length: int) -> dict[str, float]:
     queries, wide = case.heads * length, (1 + case.head_dim / 64) / 2
     keys = queries * sum(seen.values())
     exact = config.open_by == "exact"
-    one_pass = exact and case.device == "cpu" and in_one_pass(config, case.head_dim)
+    one_pass = exact and case.device == "cpu" and config.open_units is None
     # Of queries, weighed together:
-    stretch = columns * (TOGETHER if exact else scores_held(case.device) / queries)
+    stretch = scores_held(case.device) / queries * (1 if exact else columns)
     weighed = queries * (length + min(stretch, length)) / 2 * wide * config.opens
     known = NEAR + SEGMENT / 2  # tokens before a query whose units it knows by landmarks
     near = length / 2 if length < known else known - known**2 / (2 * length)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flexdga.config import DGAConfig
@@ -35,14 +36,10 @@ def decides(query: Tensor, config: DGAConfig) -> bool:
     return (
         query.device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and in_one_pass(config, query.shape[-1])
+        and config.open_by == "exact"
+        and config.open_units is None
         and _library() is not None
     )
-
-
-def in_one_pass(config: DGAConfig, head_dim: int) -> bool:
-    """Whether openings of such a config are decided here, where a library is to be had."""
-    return config.open_by == "exact" and config.open_units is None and head_dim % TILE == 0
 
 
 def openings_on_cpu(
@@ -66,6 +63,7 @@ def openings_on_cpu(
         is_causal: whether queries see only the tokens up to themselves.
         scale: of the scores.
     """
+    query, key = _in_tiles(query), _in_tiles(key)
     (batch, heads, length, dim), kv_heads = query.shape, key.shape[1]
     (rows, size), library = config.block_size, _library()
     assert library is not None
@@ -97,6 +95,7 @@ def best_keys_on_cpu(query: Tensor, key: Tensor, *, config: DGAConfig, scale: fl
         config: the choices, for which `decides`.
         scale: of the scores.
     """
+    query, key = _in_tiles(query), _in_tiles(key)
     (batch, heads, count, dim), kv_heads, size = query.shape, key.shape[1], config.block_size[1]
     key = key.reshape(batch * kv_heads, *key.shape[2:])
     key = key if key.stride()[1:] == (dim, 1) else key.contiguous()
@@ -113,6 +112,12 @@ def best_keys_on_cpu(query: Tensor, key: Tensor, *, config: DGAConfig, scale: fl
         ctypes.c_float(scale),
     )
     return best
+
+
+def _in_tiles(x: Tensor) -> Tensor:
+    """(..., D), filled up to whole tiles."""
+    missing = -x.shape[-1] % TILE
+    return F.pad(x, (0, missing)) if missing else x
 
 
 @functools.cache

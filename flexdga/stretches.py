@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flexdga.coarse import (
@@ -31,25 +30,20 @@ from flexdga.estimates import (
     NEAR,
     SEGMENT,
     Units,
-    best_keys,
     box_of,
-    by_place,
-    in_matrices,
     landmarks_of,
     near_log_scores,
     products,
-    query_features,
     unit_documents,
     unit_features,
     units_beyond,
 )
 from flexdga.opening import QueryBlocks, openings, surroundings
 from flexdga.plan import NEVER, Documents
+from flexdga.saying import warn_once
 from flexdga.scratch import scores_held
 
 Run = Callable[..., Any]
-TOGETHER = 64
-"""Units whose keys are weighed at a time by `exact`."""
 
 
 def open_table(
@@ -64,8 +58,9 @@ def open_table(
 ) -> Tensor:
     """`openings` of a whole sequence, a stretch of queries at a time: (B, H, L / I, L / U).
 
-    Inside a compiler it is one stretch, whose scores of units take B·H·L·N numbers; on a GPU, one
-    for each KV head, of B·(H / Hkv)·L·N: thousands of tokens are enough to keep it busy.
+    Inside a compiler it is one stretch, whose scores of units take B·H·L·N numbers (of keys, by
+    `exact`, B·H·L²); on a GPU, one for each KV head, of B·(H / Hkv)·L·N: thousands of tokens are
+    enough to keep it busy.
 
     Args:
         query: (B, H, L, D).
@@ -126,7 +121,7 @@ def in_stretches(
     rows, size = config.block_size
     blocks, count = query.shape[2] // rows, units.first.shape[1]
     per_unit = units.key.shape[2] // count
-    pieces: _Keys | _Features | None = None
+    pieces: _Features | None = None
     beyond: list[int] = []  # units that each query block weighs by their boxes alone
 
     def table(first: int, end: int, reach: int) -> Tensor:
@@ -146,16 +141,16 @@ def in_stretches(
 
     coarsens = is_causal and not all_fine(past + blocks * rows, config)
     if torch.compiler.is_compiling():
+        if config.open_by == "exact":
+            _say_at_once()
         if query.device.type != "cpu":
             alone = functools.partial(openings, config=config, is_causal=is_causal, scale=scale)
             return torch.cat([alone(*head) for head in each_head(query, around, units)], 1)
         made = table(0, blocks, count)
         # The kernel's mask captures it, and Inductor takes the result of a `cat` as it is.
         return torch.cat([made[:, :, :1], made[:, :, 1:]], 2)
-    per_query, beyond = count, [0] * blocks
-    if config.open_by == "exact":
-        pieces = _Keys(units, config, run)
-    elif query.device.type == "cpu":
+    per_query, beyond = units.key.shape[2] if config.open_by == "exact" else count, [0] * blocks
+    if config.open_by == "landmarks" and query.device.type == "cpu":
         pieces = _Features(units, config, run)
         beyond = units_beyond(around.before, config).tolist() if is_causal else beyond
     each = 16 if pieces is None else pieces.each
@@ -186,33 +181,19 @@ def in_stretches(
     return whole
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _say_at_once() -> None:
+    warn_once(
+        "flexdga: a compiled or exported program holds the scores of all queries and keys of a "
+        "layer at once with open_by='exact', two bytes each; over long texts "
+        "DGAConfig.auto(..., open_by='landmarks') takes a fraction of that, and is faster there"
+    )
+
+
 def _where_it_changes(values: list[int]) -> list[int]:
     """The indices from which on the value is another, and the end of all."""
     starts = [i for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
     return [*starts, len(values)]
-
-
-class _Keys:
-    """Units by their keys, in pieces and in the order that products want: for `exact`.
-
-    Args:
-        units: all that there are.
-        config: the choices.
-        run: how to call `best_keys`.
-    """
-
-    def __init__(self, units: Units, config: DGAConfig, run: Run) -> None:
-        self.config, self.run = config, run
-        size = config.block_size[1]
-        self.each, self.scores = TOGETHER, TOGETHER * size // 2
-        room = F.pad(units.key, (0, 0, 0, -units.first.shape[1] % TOGETHER * size))
-        self._parts = [by_place(some, size) for some in room.split(TOGETHER * size, 2)]
-
-    def weighed(self, query: Tensor, beyond: int, reach: int, scale: float) -> Tensor:
-        """`far_log_mass` of queries (B, H, C, D), and of the first `reach` units: in bfloat16."""
-        rows = in_matrices(query_features(query, scale, self.config), self._parts[0].shape[1])
-        made = [self.run(best_keys, rows, part) for part in self._parts[: -(-reach // self.each)]]
-        return torch.cat(made, -1)[..., :reach].reshape(*query.shape[:3], reach)
 
 
 class _Features:
@@ -234,7 +215,7 @@ class _Features:
         self.scores = LANDMARKS * min(units.first.shape[1], (NEAR + SEGMENT) // size) // 2
 
     def weighed(self, query: Tensor, beyond: int, reach: int, scale: float) -> Tensor:
-        """The same."""
+        """`far_log_mass` of queries (B, H, C, D), and of the first `reach` units: in bfloat16."""
         if self._near != (beyond, reach):
             near = self._features[:, :, beyond:reach]
             self._box = box_of(near, self._dim).contiguous()

@@ -37,7 +37,7 @@ def opened(monkeypatch, library, *inputs, **arguments) -> torch.Tensor:
 @given(
     blocks=st.sampled_from([(16, 16), (32, 16), (32, 32), (16, 64), (128, 32)]),
     shape=st.sampled_from([(2, 2), (6, 2), (7, 1)]),
-    head_dim=st.sampled_from([32, 64, 96]),
+    head_dim=st.sampled_from([16, 64, 80]),
     length=st.sampled_from([1, 40, 97, 333, 700]),
     layout=st.sampled_from(["plain", "lengths", "left", "packed"]),
     choices=st.fixed_dictionaries(
@@ -75,7 +75,6 @@ def test_who_decides(monkeypatch):
     assert cpu_openings.decides(query, exact)
     assert not cpu_openings.decides(query, DGAConfig(open_by="landmarks"))
     assert not cpu_openings.decides(query, DGAConfig(open_by="exact", open_units=2))
-    assert not cpu_openings.decides(query[..., :48], exact)
     assert not cpu_openings.decides(query.to("meta"), exact)
     monkeypatch.setenv("FLEXDGA_STOCK_CPU_KERNEL", "1")
     cpu_openings._library.cache_clear()

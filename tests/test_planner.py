@@ -221,22 +221,6 @@ def test_units_open_by_their_landmarks_and_far_ones_by_boxes(layout, coarse_beyo
         assert (plan.open != alone.open).float().mean() > 0.01
 
 
-@pytest.mark.parametrize("is_causal", [True, False])
-def test_exact_estimates_are_the_same_however_many_units_are_weighed_together(
-    is_causal, monkeypatch
-):
-    """Over integers, whose products are exact in whatever order they are summed up."""
-    config = small(unit_size=16, open_units=None, open_mass=0.06, open_by="exact")
-    inputs = [t.round() for t in qkv(batch=2, length=391, head_dim=16)]
-    tables = []
-    for together in (3, 64):
-        monkeypatch.setattr("flexdga.stretches.TOGETHER", together)
-        plan = make_plan(*inputs, config=config, is_causal=is_causal)
-        tables.append(plan.open < NEVER)
-    assert torch.equal(*tables)
-    assert 0.05 < tables[0].float().mean() < 0.9
-
-
 @pytest.mark.parametrize("opener", [{}, {"open_by": "exact"}, {"open_units": 2}], ids=str)
 def test_a_kv_head_opens_the_same_alone(opener):
     """As a compiler for a GPU has it."""

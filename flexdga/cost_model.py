@@ -45,7 +45,7 @@ than a CPU are taken for GPUs."""
 WIDE = {"cpu": 0.9, "cuda": 0.72}
 """The part of an entry of SDPA's that grows with head_dim."""
 NEAR_KEYS = 8
-"""What a key too near to open counts in one pass (`cpu_openings.py`), in keys that are weighed."""
+"""What a key too near to open counts in one pass (`cpu_planning.py`), in keys that are weighed."""
 CAUSAL_PROBES, HIDING = 0.6, 2.4
 """What a probe's score takes in `causal` scope, and the kernel's where openings hide slots, over
 those that `WEIGHTS` has."""
@@ -159,7 +159,7 @@ def work(config: DGAConfig, case: Case, length: int) -> dict[str, float]:
 
     - entries, blocks: that the kernel computes and visits.
     - near: scores of keys too near to open. units: that queries weigh; landmarks, keys: of these.
-    - one_pass: keys that `cpu_openings.py` weighs.
+    - one_pass: keys that `cpu_planning.py` weighs.
     - probes: scores of the probes.
     - tokens: rows of 64 numbers of query, key and value, that are copied.
     """

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flexdga.config import DGAConfig
-from flexdga.cpu_openings import best_keys_on_cpu, decides
+from flexdga.cpu_planning import best_keys_on_cpu, decides
 from flexdga.indexing import stored_mask
 from flexdga.plan import NEVER
 

@@ -24,7 +24,7 @@ from flexdga.coarse import (
     width,
 )
 from flexdga.config import COARSE, DGAConfig
-from flexdga.cpu_openings import decides, openings_on_cpu
+from flexdga.cpu_planning import decides, openings_on_cpu
 from flexdga.estimates import (
     LANDMARKS,
     NEAR,

@@ -41,8 +41,10 @@ def test_blocks_agree_with_the_mask(planner, opener, layout, causal, blocks):
     assert not (whole & ~full).any()  # nothing hidden is taken for visible
 
 
-@pytest.mark.parametrize("narrow", [False, True])
-def test_tables_list_the_blocks_of_every_query_head(narrow):
+@pytest.mark.parametrize("narrow", [None, "one pass", "PyTorch"])
+def test_tables_list_the_blocks_of_every_query_head(narrow, monkeypatch):
+    if narrow == "PyTorch":
+        monkeypatch.setattr("flexdga.cpu_planning._library", lambda: None)
     config = small()
     inputs = qkv(heads=6, length=150)
     plan = make_plan(*inputs, config=config)

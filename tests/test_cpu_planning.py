@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_planner import layout_arguments
 
-from flexdga import DGAConfig, cpu_openings, make_plan
+from flexdga import DGAConfig, cpu_planning, make_plan
 from flexdga.plan import NEVER
 
 pytestmark = pytest.mark.usefixtures("eager")
 
-STOCK = cpu_openings._library
+STOCK = cpu_planning._library
 
 
 @functools.cache
@@ -25,11 +25,11 @@ def portable():
     """The same source without tiles."""
     from torch._inductor.codecache import CppCodeCache
 
-    return CppCodeCache.load("#undef __AMX_BF16__\n" + cpu_openings.SOURCE.read_text())
+    return CppCodeCache.load("#undef __AMX_BF16__\n" + cpu_planning.SOURCE.read_text())
 
 
 def opened(monkeypatch, library, *inputs, **arguments) -> torch.Tensor:
-    monkeypatch.setattr(cpu_openings, "_library", library)
+    monkeypatch.setattr(cpu_planning, "_library", library)
     return make_plan(*inputs, **arguments).open
 
 
@@ -72,15 +72,15 @@ def test_opens_what_the_rule_opens(
 def test_who_decides(monkeypatch):
     query = torch.randn(1, 2, 64, 64)
     exact = DGAConfig(open_by="exact")
-    assert cpu_openings.decides(query, exact)
-    assert not cpu_openings.decides(query, DGAConfig(open_by="landmarks"))
-    assert not cpu_openings.decides(query, DGAConfig(open_by="exact", open_units=2))
-    assert not cpu_openings.decides(query.to("meta"), exact)
+    assert cpu_planning.decides(query, exact)
+    assert not cpu_planning.decides(query, DGAConfig(open_by="landmarks"))
+    assert not cpu_planning.decides(query, DGAConfig(open_by="exact", open_units=2))
+    assert not cpu_planning.decides(query.to("meta"), exact)
     monkeypatch.setenv("FLEXDGA_STOCK_CPU_KERNEL", "1")
-    cpu_openings._library.cache_clear()
-    assert not cpu_openings.decides(query, exact)
+    cpu_planning._library.cache_clear()
+    assert not cpu_planning.decides(query, exact)
     monkeypatch.undo()
-    cpu_openings._library.cache_clear()
+    cpu_planning._library.cache_clear()
 
 
 def test_numbers_that_are_none_open_nothing_and_stay_where_they_are():

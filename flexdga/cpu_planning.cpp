@@ -1,6 +1,7 @@
-// Openings by exact estimates, a task at a time: see cpu_openings.py.
+// What cpu_planning.py calls: openings by exact estimates, and tables of blocks.
 //
-// A vector holds a number of each of 16 queries, so that nothing is ever summed up across one.
+// In openings a vector holds a number of each of 16 queries, so that nothing is ever summed up
+// across one.
 
 #include <algorithm>
 #include <cmath>
@@ -416,6 +417,40 @@ extern "C" void flexdga_best_keys(
                   rounded(best[i][(r - row) / LANES])[(r - row) % LANES];
         }
       }
+    }
+  }
+}
+
+// How many blocks of kind 1 and of kind 2 each row of kinds (rows, blocks) has: counts (2, rows).
+extern "C" void flexdga_count_kinds(
+    const uint8_t* kinds, int64_t rows, int64_t blocks, int32_t* counts, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t row = 0; row < rows; ++row) {
+    int32_t parts = 0, wholes = 0;
+    const uint8_t* kind = kinds + row * blocks;
+    for (int64_t block = 0; block < blocks; ++block) {
+      parts += kind[block] == 1;
+      wholes += kind[block] == 2;
+    }
+    counts[row] = parts, counts[rows + row] = wholes;
+  }
+}
+
+// Which they are, in order: tables of the same width, one for each kind.
+extern "C" void flexdga_list_kinds(
+    const uint8_t* kinds, int64_t rows, int64_t blocks, int32_t* part, int32_t* whole,
+    int64_t width, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t row = 0; row < rows; ++row) {
+    const uint8_t* kind = kinds + row * blocks;
+    int32_t* next[3] = {nullptr, part + row * width, whole + row * width};
+    for (int64_t block = 0; block < blocks; ++block) {
+      uint64_t some;
+      if (block + 8 <= blocks && (std::memcpy(&some, kind + block, 8), !some)) {
+        block += 7;  // most are of no kind
+        continue;
+      }
+      if (kind[block]) *next[kind[block]]++ = block;
     }
   }
 }

@@ -1,12 +1,13 @@
-"""`openings` by exact estimates on CPU, in one pass: `cpu_openings.cpp`, compiled on first use.
+"""What planning takes longest for, on CPU and in one pass: `cpu_planning.cpp`, built on first use.
 
-The best key of each unit is found where the products are made, so that no score is ever written to
-memory, and threads wait for each other once: a fifth of the time that products, maxima and the
-graph of `openings` take one after the other. CPUs that multiply tiles of bfloat16 (AMX) do so,
-others use float32. Rule and roundings are those of `opening.py`; sums come in another order.
+Openings by exact estimates: the best key of each unit is found where the products are made, so that
+no score is ever written to memory, and threads wait for each other once. It takes a fifth of the
+time that products, maxima and the graph of `openings` take one after the other. CPUs that multiply
+tiles of bfloat16 (AMX) do so, others use float32. Rule and roundings are those of `opening.py`;
+sums come in another order. And the kernel's tables of blocks, which are lists, not arithmetic.
 
 Compiled by Inductor's own C++ builder, into its cache. FLEXDGA_STOCK_CPU_KERNEL=1 switches it off:
-then, and on Windows, `opening.py` decides.
+then, and on Windows, `opening.py` and `block_mask.py` do it in PyTorch.
 """
 
 from __future__ import annotations
@@ -38,8 +39,13 @@ def decides(query: Tensor, config: DGAConfig) -> bool:
         and not torch.compiler.is_compiling()
         and config.open_by == "exact"
         and config.open_units is None
-        and _library() is not None
+        and available()
     )
+
+
+def available() -> bool:
+    """Whether there is a library to call."""
+    return _library() is not None
 
 
 def openings_on_cpu(
@@ -76,7 +82,7 @@ def openings_on_cpu(
     )  # fmt: skip
     least = math.log(config.open_mass) if config.open_mass else -math.inf
     library.flexdga_openings(
-        *(ctypes.c_void_p(x.data_ptr()) for x in (*tensors, since)),
+        *(_address(x) for x in (*tensors, since)),
         (ctypes.c_int64 * len(numbers))(*numbers),
         ctypes.c_float(scale),
         ctypes.c_float(least),
@@ -107,11 +113,38 @@ def best_keys_on_cpu(query: Tensor, key: Tensor, *, config: DGAConfig, scale: fl
         torch.get_num_threads(),
     )  # fmt: skip
     library.flexdga_best_keys(
-        *(ctypes.c_void_p(x.data_ptr()) for x in (rows, key, best)),
+        *(_address(x) for x in (rows, key, best)),
         (ctypes.c_int64 * len(numbers))(*numbers),
         ctypes.c_float(scale),
     )
     return best
+
+
+def list_kinds(kinds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each row of (rows, N) uint8 has a 1, and where a 2.
+
+    Returns:
+        (2, rows) int32 counts of both, and a table of each, (≥ rows, W) int32, W odd: compilers
+        take sizes that are equal by chance for the same. A view of N columns of it ends inside.
+    """
+    library, (rows, blocks) = _library(), kinds.shape
+    assert library is not None
+    sizes = ctypes.c_int64(rows), ctypes.c_int64(blocks)
+    threads = ctypes.c_int64(torch.get_num_threads())
+    counts = torch.empty(2, rows, dtype=torch.int32)
+    library.flexdga_count_kinds(_address(kinds), *sizes, _address(counts), threads)
+    width = int(counts.amax()) // 16 * 16 + 17
+    part, whole = (
+        torch.zeros(rows + -(-blocks // width), width, dtype=torch.int32) for _ in range(2)
+    )
+    library.flexdga_list_kinds(
+        _address(kinds), *sizes, _address(part), _address(whole), ctypes.c_int64(width), threads
+    )
+    return counts, part, whole
+
+
+def _address(x: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
 
 
 def _in_tiles(x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The subcommand `decode`: what a token costs after a long prompt, dense caches against DGACache.
 
-One model reads one text. At each context length the prompt is prefilled once per method (time to
-first token); then the same next tokens of the text are fed to all methods, one at a time and in
+One model reads one text. At each context length the prompt is prefilled twice per method, in turn
+(time to first token: the better one, for the first pays for memory and files that were never
+touched); then the same next tokens of the text are fed to all methods, one at a time and in
 turn. Attention alone is timed on the same caches: all layers of a token, nothing else of the model.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import statistics
 import sys
 import time
@@ -30,7 +32,7 @@ from .progress import Stages
 from .workloads import default_text, open_model, random_like
 
 LENGTHS = (1024, 4096, 8192, 16384, 32768)
-TOKENS = 16
+TOKENS, PROMPTS = 16, 2
 DYNAMIC, STATIC, DGA = "dynamic", "static", "DGA"
 
 
@@ -88,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         torch.set_num_threads(chosen.threads)
     model, ids = _open(chosen)
     rows: list[DecodeRow] = []
-    with torch.no_grad(), Stages(3 * len(chosen.lengths) + 1) as stages:
+    with torch.no_grad(), Stages((PROMPTS + 1) * len(chosen.lengths) + 1) as stages:
         stages.begin("compiling")
         compile_s = _compile(model, chosen)
         stages.end()
@@ -159,15 +161,16 @@ def _at_length(
     from transformers import DynamicCache, StaticCache
 
     prompt = ids[:, :length]
-    dense = DynamicCache(config=model.config)
-    dga = DGACache(chosen.config, model_config=model.config)
-    stages.begin(f"L = {length}, dense prompt")
-    first = {DYNAMIC: _timed(chosen.device, _forward, model, prompt, dense)}
-    stages.end()
-    stages.begin(f"L = {length}, DGA prompt")
-    with applied(model, chosen.config):
-        first[DGA] = _timed(chosen.device, _forward, model, prompt, dga)
-    stages.end()
+    first = {DYNAMIC: math.inf, DGA: math.inf}
+    for turn in range(1, PROMPTS + 1):
+        stages.begin(f"L = {length}, prompts, {turn} of {PROMPTS}")
+        dense = DynamicCache(config=model.config)
+        dga = DGACache(chosen.config, model_config=model.config)
+        took = _timed(chosen.device, _forward, model, prompt, dense)
+        first[DYNAMIC] = min(first[DYNAMIC], took)
+        with applied(model, chosen.config):
+            first[DGA] = min(first[DGA], _timed(chosen.device, _forward, model, prompt, dga))
+        stages.end()
     stages.begin(f"L = {length}, decoding")
     static = StaticCache(config=model.config, max_cache_len=length + 2 * chosen.tokens)
     for index, layer in enumerate(dense.layers):

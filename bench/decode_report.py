@@ -12,7 +12,7 @@ from .report import listed, number, table, write_json
 LEGEND = {
     "dynamic, static": "transformers' DynamicCache and StaticCache, with its SDPA attention. DGA: "
     "DGACache.",
-    "1st s": "time to the first token: the whole prompt and one token.",
+    "1st s": "time to the first token: the whole prompt and one token; the better of two.",
     "ms": "time from token to token, the whole model; median of the tokens, ± half the distance "
     "from the fastest to the slowest. x: times faster than dynamic.",
     "attn": "ms of attention alone, all layers of one token over the same caches (dense: "

@@ -91,7 +91,7 @@ class DGAConfig:
             open it, in [0, 1).
         open_by: how that share is estimated. `exact`: from the best of the unit's keys, for which
             all scores are computed, in bfloat16; it opens what is needed and little else, and on
-            CPU it is the fastest up to some 20000 tokens. `landmarks`, for GPUs, longer texts and
+            CPU it is the fastest up to some 40000 tokens. `landmarks`, for GPUs, longer texts and
             `flexdga.parallel`: from the four of the unit's keys that lie farthest from their mean,
             and the smallest box around the others, 6/`block_size[1]` of that arithmetic; units more
             than 4096 to 6144 tokens away by the box alone (the box after Quest, arXiv 2406.10774;

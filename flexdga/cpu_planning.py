@@ -26,6 +26,7 @@ from torch import Tensor
 
 from flexdga.config import DGAConfig
 from flexdga.plan import Documents
+from flexdga.saying import warn_once
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 TILE = 32
@@ -160,5 +161,9 @@ def _library() -> Any:
         return None
     from torch._inductor.codecache import CppCodeCache
 
-    library = CppCodeCache.load(SOURCE.read_text())
+    try:
+        library = CppCodeCache.load(SOURCE.read_text())
+    except Exception as error:  # of whatever compiler there is
+        warn_once(f"flexdga: {SOURCE.name} did not compile, so planning is slower: {error}")
+        return None
     return library if library.flexdga_ready() else None

@@ -83,6 +83,23 @@ def test_who_decides(monkeypatch):
     cpu_planning._library.cache_clear()
 
 
+def test_what_does_not_compile_is_said_once_and_done_in_pytorch(monkeypatch, tmp_path, caplog):
+    source = tmp_path / "cpu_planning.cpp"
+    source.write_text("not C++")
+    monkeypatch.setattr(cpu_planning, "SOURCE", source)
+    monkeypatch.setattr("flexdga.saying._said", set())
+    inputs, config = qkv(1, 2, 2, 200), DGAConfig(dense_below=0)
+    want = make_plan(*inputs, config=config).open
+    cpu_planning._library.cache_clear()
+    try:
+        assert torch.equal(make_plan(*inputs, config=config).open, want)
+        assert not cpu_planning.available()
+    finally:
+        monkeypatch.undo()
+        cpu_planning._library.cache_clear()
+    assert sum("did not compile" in record.message for record in caplog.records) == 1
+
+
 def test_numbers_that_are_none_open_nothing_and_stay_where_they_are():
     """A row of a batch that holds NaN does not reach another one."""
     config = DGAConfig(open_by="exact", dense_below=0, open_mass=0.02)

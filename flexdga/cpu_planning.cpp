@@ -421,10 +421,12 @@ extern "C" void flexdga_best_keys(
   }
 }
 
-// How many blocks of kind 1 and of kind 2 each row of kinds (rows, blocks) has: counts (2, rows).
+// How many blocks of kind 1 and of kind 2 each row of kinds (rows, blocks) has: counts (2, rows);
+// sizes rows, blocks, threads.
 extern "C" void flexdga_count_kinds(
-    const uint8_t* kinds, int64_t rows, int64_t blocks, int32_t* counts, int64_t threads) {
-#pragma omp parallel for num_threads(threads)
+    const uint8_t* kinds, int32_t* counts, const int64_t* sizes) {
+  const int64_t rows = sizes[0], blocks = sizes[1];
+#pragma omp parallel for num_threads(sizes[2])
   for (int64_t row = 0; row < rows; ++row) {
     int32_t parts = 0, wholes = 0;
     const uint8_t* kind = kinds + row * blocks;
@@ -436,11 +438,12 @@ extern "C" void flexdga_count_kinds(
   }
 }
 
-// Which they are, in order: tables of the same width, one for each kind.
+// Which they are, in order: tables of the same width, one for each kind; sizes rows, blocks, width,
+// threads.
 extern "C" void flexdga_list_kinds(
-    const uint8_t* kinds, int64_t rows, int64_t blocks, int32_t* part, int32_t* whole,
-    int64_t width, int64_t threads) {
-#pragma omp parallel for num_threads(threads)
+    const uint8_t* kinds, int32_t* part, int32_t* whole, const int64_t* sizes) {
+  const int64_t rows = sizes[0], blocks = sizes[1], width = sizes[2];
+#pragma omp parallel for num_threads(sizes[3])
   for (int64_t row = 0; row < rows; ++row) {
     const uint8_t* kind = kinds + row * blocks;
     int32_t* next[3] = {nullptr, part + row * width, whole + row * width};

@@ -70,26 +70,12 @@ def openings_on_cpu(
         is_causal: whether queries see only the tokens up to themselves.
         scale: of the scores.
     """
-    query, key = _in_tiles(query), _in_tiles(key)
-    (batch, heads, length, dim), kv_heads = query.shape, key.shape[1]
-    (rows, size), library = config.block_size, _library()
-    assert library is not None
-    since = torch.empty(batch, heads, length // rows, length // size, dtype=torch.int32)
-    inputs = (query.float(), key.bfloat16(), docs.first, home)
-    tensors = [x.contiguous() for x in inputs]
-    numbers = (
-        batch, kv_heads, heads // kv_heads, length, dim, rows, size, config.window,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    inputs = _in_tiles(query).float(), _in_tiles(key).bfloat16(), docs.first, home
     least = math.log(config.open_mass) if config.open_mass else -math.inf
-    library.flexdga_openings(
-        *(_address(x) for x in (*tensors, since)),
-        (ctypes.c_int64 * len(numbers))(*numbers),
-        ctypes.c_float(scale),
-        ctypes.c_float(least),
-        int(is_causal),
-        int(config.scope == "prompt"),
-    )
+    since: Tensor = _openings(
+        *(x.contiguous() for x in inputs), list(config.block_size), config.window, scale, least,
+        is_causal, config.scope == "prompt",
+    )  # fmt: skip
     return since
 
 
@@ -102,22 +88,10 @@ def best_keys_on_cpu(query: Tensor, key: Tensor, *, config: DGAConfig, scale: fl
         config: the choices, for which `decides`.
         scale: of the scores.
     """
-    query, key = _in_tiles(query), _in_tiles(key)
-    (batch, heads, count, dim), kv_heads, size = query.shape, key.shape[1], config.block_size[1]
-    key = key.reshape(batch * kv_heads, *key.shape[2:])
-    key = key if key.stride()[1:] == (dim, 1) else key.contiguous()
-    units, library = key.shape[1] // size, _library()
-    assert library is not None
-    rows, best = query.float().contiguous(), query.new_empty(batch, heads, count, units).float()
-    numbers = (
-        key.shape[0], heads // kv_heads * count, dim, units, size, key.stride(0),
-        torch.get_num_threads(),
-    )  # fmt: skip
-    library.flexdga_best_keys(
-        *(_address(x) for x in (rows, key, best)),
-        (ctypes.c_int64 * len(numbers))(*numbers),
-        ctypes.c_float(scale),
-    )
+    key = _in_tiles(key)
+    key = key if key.stride()[2:] == (key.shape[3], 1) else key.contiguous()
+    query = _in_tiles(query).float().contiguous()
+    best: Tensor = _best_keys(query, key.flatten(0, 1), config.block_size[1], scale)
     return best
 
 
@@ -128,20 +102,97 @@ def list_kinds(kinds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (2, rows) int32 counts of both, and a table of each, (≥ rows, W) int32, W odd: compilers
         take sizes that are equal by chance for the same. A view of N columns of it ends inside.
     """
-    library, (rows, blocks) = _library(), kinds.shape
-    assert library is not None
-    sizes = ctypes.c_int64(rows), ctypes.c_int64(blocks)
-    threads = ctypes.c_int64(torch.get_num_threads())
-    counts = torch.empty(2, rows, dtype=torch.int32)
-    library.flexdga_count_kinds(_address(kinds), *sizes, _address(counts), threads)
-    width = int(counts.amax()) // 16 * 16 + 17
-    part, whole = (
-        torch.zeros(rows + -(-blocks // width), width, dtype=torch.int32) for _ in range(2)
-    )
-    library.flexdga_list_kinds(
-        _address(kinds), *sizes, _address(part), _address(whole), ctypes.c_int64(width), threads
-    )
+    counts = _count_kinds(kinds)
+    part, whole = _list_kinds(kinds, int(counts.amax()) // 16 * 16 + 17)
     return counts, part, whole
+
+
+# Operators, so that tensors without memory (FakeTensor) are told apart.
+
+
+@torch.library.custom_op("flexdga::cpu_openings", mutates_args=(), device_types="cpu")
+def _openings(
+    query: Tensor,
+    key: Tensor,
+    first: Tensor,
+    home: Tensor,
+    block_size: list[int],
+    window: int,
+    scale: float,
+    least: float,
+    is_causal: bool,
+    prompt: bool,
+) -> Tensor:
+    since = _no_openings(query, key, first, home, block_size)
+    (batch, heads, length, dim), kv_heads = query.shape, key.shape[1]
+    numbers = batch, kv_heads, heads // kv_heads, length, dim, *block_size, window
+    _library().flexdga_openings(
+        *(_address(x) for x in (query, key, first, home, since)),
+        _sizes(*numbers),
+        ctypes.c_float(scale),
+        ctypes.c_float(least),
+        int(is_causal),
+        int(prompt),
+    )
+    return since
+
+
+@_openings.register_fake
+def _no_openings(
+    query: Tensor, key: Tensor, first: Tensor, home: Tensor, block_size: list[int], *rest: Any
+) -> Tensor:
+    batch, heads, length, _ = query.shape
+    shape = batch, heads, length // block_size[0], home.shape[1]
+    return query.new_empty(shape, dtype=torch.int32)
+
+
+@torch.library.custom_op("flexdga::cpu_best_keys", mutates_args=(), device_types="cpu")
+def _best_keys(query: Tensor, key: Tensor, size: int, scale: float) -> Tensor:
+    best, heads = _no_best_keys(query, key, size, scale), key.shape[0]
+    rows = query.shape[:3].numel() // heads
+    sizes = _sizes(heads, rows, query.shape[3], best.shape[3], size, key.stride(0))
+    _library().flexdga_best_keys(
+        *(_address(x) for x in (query, key, best)), sizes, ctypes.c_float(scale)
+    )
+    return best
+
+
+@_best_keys.register_fake
+def _no_best_keys(query: Tensor, key: Tensor, size: int, scale: float) -> Tensor:
+    return query.new_empty(*query.shape[:3], key.shape[1] // size)
+
+
+@torch.library.custom_op("flexdga::cpu_count_kinds", mutates_args=(), device_types="cpu")
+def _count_kinds(kinds: Tensor) -> Tensor:
+    counts = _no_counts(kinds)
+    _library().flexdga_count_kinds(_address(kinds), _address(counts), _sizes(*kinds.shape))
+    return counts
+
+
+@_count_kinds.register_fake
+def _no_counts(kinds: Tensor) -> Tensor:
+    return kinds.new_empty(2, kinds.shape[0], dtype=torch.int32)
+
+
+@torch.library.custom_op("flexdga::cpu_list_kinds", mutates_args=(), device_types="cpu")
+def _list_kinds(kinds: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    part, whole = _no_lists(kinds, width)
+    sizes = _sizes(*kinds.shape, width)
+    _library().flexdga_list_kinds(_address(kinds), _address(part), _address(whole), sizes)
+    return part, whole
+
+
+@_list_kinds.register_fake
+def _no_lists(kinds: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    shape = kinds.shape[0] + -(-kinds.shape[1] // width), width
+    part, whole = (kinds.new_zeros(shape, dtype=torch.int32) for _ in range(2))
+    return part, whole
+
+
+def _sizes(*sizes: int) -> Any:
+    """As C++ takes them, the number of threads behind them."""
+    numbers = *sizes, torch.get_num_threads()
+    return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
 def _address(x: Tensor) -> ctypes.c_void_p:

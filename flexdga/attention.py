@@ -220,7 +220,10 @@ def _in_steps(
     length, step = query.shape[2], config.step
     # Not `-length % step`: of that a compiler does not see that one step at least is filled.
     fill = (length + step - 1) // step * step - length
-    if not torch.compiler.is_compiling() and length <= step:
+    if torch.compiler.is_compiling():
+        # Never by nothing: whether there is something is what it would compile once more for.
+        fill = (length // step + 1) * step - length
+    elif length <= step:
         fill += step  # two steps at least: our own compilations would specialise on one
 
     def padded(x: Tensor, dim: int, value: int = 0) -> Tensor:
@@ -274,8 +277,9 @@ def _plan(
         if not config.opens:
             return plan
         table = open_table(
-            query, key, docs, config=config, is_causal=is_causal, scale=scale, run=_run
-        )
+            query, key, docs, config=config, is_causal=is_causal, scale=scale, run=_run,
+            alone=torch.compiler.is_exporting(),
+        )  # fmt: skip
         return dataclasses.replace(plan, open=table)
 
     # Which tokens are chosen is discrete. Detached, so that training shares the compilation.

@@ -165,8 +165,9 @@ class _Lowering:
         plan, mask = found
         if mask is None:
             table = open_table(
-                query, key, docs, config=config, is_causal=is_causal, scale=scale, run=_plainly
-            )
+                query, key, docs, config=config, is_causal=is_causal, scale=scale, run=_plainly,
+                alone=True,
+            )  # fmt: skip
             plan = dataclasses.replace(plan, open=table)
             mask = block_mask(plan, query.shape[1], config.block_size)
         return plan, mask

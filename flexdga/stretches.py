@@ -55,6 +55,7 @@ def open_table(
     is_causal: bool,
     scale: float,
     run: Run,
+    alone: bool = False,
 ) -> Tensor:
     """`openings` of a whole sequence, a stretch of queries at a time: (B, H, L / I, L / U).
 
@@ -70,12 +71,14 @@ def open_table(
         is_causal: whether queries see only the tokens up to themselves.
         scale: of the scores.
         run: how to call `openings`.
+        alone: whether what is made here has to run without flexdga, and so without its operators.
     """
-    if decides(query, config):
+    if not alone and decides(query, config):
         home = unit_documents(docs.first, config)
-        return openings_on_cpu(
+        made = openings_on_cpu(
             query, key, docs, home, config=config, is_causal=is_causal, scale=scale
         )
+        return _as_cat(made) if torch.compiler.is_compiling() else made
     # On CPU they are a few large views and copies: not worth the seconds of a compilation.
     prepare = prepared if key.device.type == "cpu" else functools.partial(run, prepared)
     around, units = prepare(key, docs.first, config=config, is_causal=is_causal)
@@ -147,8 +150,7 @@ def in_stretches(
             alone = functools.partial(openings, config=config, is_causal=is_causal, scale=scale)
             return torch.cat([alone(*head) for head in each_head(query, around, units)], 1)
         made = table(0, blocks, count)
-        # The kernel's mask captures it, and Inductor takes the result of a `cat` as it is.
-        return torch.cat([made[:, :, :1], made[:, :, 1:]], 2)
+        return _as_cat(made)
     per_query, beyond = units.key.shape[2] if config.open_by == "exact" else count, [0] * blocks
     if config.open_by == "landmarks" and query.device.type == "cpu":
         pieces = _Features(units, config, run)
@@ -181,11 +183,16 @@ def in_stretches(
     return whole
 
 
+def _as_cat(table: Tensor) -> Tensor:
+    """The kernel's mask captures it, and Inductor takes the result of a `cat` as it is."""
+    return torch.cat([table[:, :, :1], table[:, :, 1:]], 2)
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _say_at_once() -> None:
     warn_once(
-        "flexdga: a compiled or exported program holds the scores of all queries and keys of a "
-        "layer at once with open_by='exact', two bytes each; over long texts "
+        "flexdga: a program compiled ahead, or not for CPU, holds the scores of all queries and "
+        "keys of a layer at once with open_by='exact', two bytes each; over long texts "
         "DGAConfig.auto(..., open_by='landmarks') takes a fraction of that, and is faster there"
     )
 

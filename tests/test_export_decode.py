@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TOLERANCE, qkv, relative_error, small
+from helpers import TOLERANCE, by_landmarks, qkv, relative_error, small
 from plain_models import VOCABULARY, NanoGPT
 from torch import nn
 from torch._inductor.package.package import package_aoti
@@ -27,6 +27,7 @@ CONFIGS = {
     "window": DGAConfig.streaming_llm(window=32, scope="causal"),
     "groups": small(scope="causal"),
     "openings": DGAConfig(**OPENS),
+    "landmarks": by_landmarks(open_mass=0.02),
     "openings-of-groups": DGAConfig(scope="causal", rest="group", focal_ratio=0.1, **OPENS),
     "exact-int8": DGAConfig(open_by="exact", keep_raw="int8", **OPENS),
     "three-units": DGAConfig(scope="causal", open_units=3, open_mass=0.0, dense_below=0),
@@ -204,7 +205,7 @@ def test_what_another_process_does_not_know_is_compiled_in_this_one(tmp_path, ca
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["openings", "groups"])
+@pytest.mark.parametrize("name", ["landmarks", "groups"])
 def test_a_package_of_other_configs_generates_the_models_tokens(name, tmp_path):
     model = llama(CONFIGS[name], layers=1)
     path = flexdga.export(model, tokens(1, 100), tmp_path / "model.pt2", decode=CAPACITY)

@@ -179,7 +179,8 @@ class ShardedCache(LayerCache):
         max_length: int | None = None,
         int8: bool = False,
     ) -> None:
-        if config.opens and config.keep_raw != "none" and config.open_by != "landmarks":
+        opens = config.opens and config.keep_raw != "none" and config.dense_below != NEVER
+        if opens and config.open_by != "landmarks":
             raise ValueError(
                 f"config: open_by={config.open_by!r} estimates by all keys, which no rank has; "
                 "expected 'landmarks'"

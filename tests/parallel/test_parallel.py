@@ -25,8 +25,8 @@ def packed(length: int) -> torch.Tensor:
 DEFAULT = by_landmarks()
 CAUSAL = by_landmarks(scope="causal")
 OPEN_GROUPS = small(
-    scope="causal", unit_size=16, open_units=None, open_mass=0.01, group_bias="mass",
-    group_weights="importance",
+    scope="causal", unit_size=16, open_units=None, open_mass=0.01, open_by="landmarks",
+    group_bias="mass", group_weights="importance",
 )  # fmt: skip
 PLAIN, GROUPED = (2, 2, 2), (1, 6, 2)
 
@@ -35,6 +35,7 @@ PLAIN, GROUPED = (2, 2, 2), (1, 6, 2)
     ("config", "shape", "arguments"),
     [
         pytest.param(DEFAULT, (*GROUPED, 1000, 32), {}, id="default"),
+        pytest.param(DGAConfig(dense_below=0), (*GROUPED, 500, 32), {}, id="exact"),
         pytest.param(DEFAULT, (*PLAIN, 1000, 32), {"ids": packed(1000)}, id="packed"),
         pytest.param(CAUSAL, (*PLAIN, 1000, 32), {"ids": packed(1000)}, id="packed, causal"),
         pytest.param(

@@ -14,8 +14,8 @@ from flexdga.parallel import ShardedCache
 
 DEFAULT = by_landmarks()
 OPEN_GROUPS = small(
-    scope="causal", unit_size=16, open_units=4, open_mass=0.01, group_bias="mass",
-    group_weights="importance",
+    scope="causal", unit_size=16, open_units=4, open_mass=0.01, open_by="landmarks",
+    group_bias="mass", group_weights="importance",
 )  # fmt: skip
 STEPS = (1,) * 36 + (40, 1, 1)
 """New tokens at a time: past several handovers, and a stretch over several query blocks."""

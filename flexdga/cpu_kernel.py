@@ -78,13 +78,18 @@ def ask_for_instructions() -> None:
     threading.Thread(target=ask, daemon=True).start()
 
 
+def switched_off() -> bool:
+    """Whether the environment asks for nothing of flexdga's own on CPU."""
+    return os.environ.get("FLEXDGA_STOCK_CPU_KERNEL", "0") not in ("", "0")
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def available() -> bool:
     """Whether the repairs are to be had; installs them on first use.
 
     A compiler that traces this runs it.
     """
-    if os.environ.get("FLEXDGA_STOCK_CPU_KERNEL", "0") not in ("", "0"):
+    if switched_off():
         return False
     if not torch.__version__.startswith(VERIFIED):
         warn_once(

@@ -43,6 +43,15 @@ inline Floats larger(Floats a, Floats b) {
 #endif
 }
 
+inline Floats largest(const Tile& scores) {  // of its keys
+  Floats best = scores[0], other = scores[1];  // two at a time, for neither waits for the other
+  for (int64_t j = 2; j < LANES; j += 2) {
+    best = larger(best, scores[j]);
+    other = larger(other, scores[j + 1]);
+  }
+  return larger(best, other);
+}
+
 inline int first_of(Ints where) {  // of the lanes that are not zero; LANES if all are
 #if AMX
   const uint32_t mask = _mm512_test_epi32_mask((__m512i)where, (__m512i)where);
@@ -276,14 +285,8 @@ struct Task {  // some query blocks of the heads of one KV head
     for (int64_t i = 0; i < 2 && n + i < end; ++i) {
       const int64_t unit = (n + i) / per_unit, part = (n + i) % per_unit;
       for (int64_t z = pair; z < std::min(pair + 2, count); ++z) {
-        const Tile& score = made[i][z - pair];
-        Floats best = score[0], other = score[1];
-        for (int j = 2; j < LANES; j += 2) {
-          best = larger(best, score[j]);
-          other = larger(other, score[j + 1]);
-        }
         Floats& kept = far[unit * even + z];
-        best = larger(best, other);
+        Floats best = largest(made[i][z - pair]);
         if (part) best = larger(best, kept);
         if (part == per_unit - 1) {
           best = rounded(best);
@@ -404,8 +407,7 @@ extern "C" void flexdga_best_keys(
                      made);
             for (int i = 0; i < 2; ++i)
               for (int y = 0; y < 2; ++y) {
-                Floats x = made[i][y][0];
-                for (int j = 1; j < LANES; ++j) x = larger(x, made[i][y][j]);
+                const Floats x = largest(made[i][y]);
                 best[i][y] = tile ? larger(best[i][y], x) : x;
               }
           }

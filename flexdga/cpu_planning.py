@@ -15,7 +15,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexdga.config import DGAConfig
+from flexdga.cpu_kernel import switched_off
 from flexdga.plan import Documents
 from flexdga.saying import warn_once
 
@@ -208,7 +208,7 @@ def _in_tiles(x: Tensor) -> Tensor:
 @functools.cache
 def _library() -> Any:
     """What was compiled; None where it is not to be had."""
-    if os.environ.get("FLEXDGA_STOCK_CPU_KERNEL", "0") not in ("", "0") or sys.platform == "win32":
+    if switched_off() or sys.platform == "win32":
         return None
     from torch._inductor.codecache import CppCodeCache
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexdga.cpu_planning import available, list_kinds
+from flexdga import cpp, cpu_tables
 from flexdga.indexing import heads_per_kv_head
 from flexdga.plan import NEVER, Plan
 
@@ -117,8 +117,8 @@ def listed(kinds: Tensor) -> Tables:
     Few blocks of all are seen: to find them takes a tenth of the time that sorting all takes.
     """
     rows, blocks = kinds.shape[:3].numel(), kinds.shape[3]
-    if available():
-        of_both, part, whole = list_kinds(kinds.contiguous().view(rows, blocks))
+    if cpp.available(cpu_tables.NAME):
+        of_both, part, whole = cpu_tables.list_kinds(kinds.contiguous().view(rows, blocks))
         part_count, whole_count = of_both.view(2, *kinds.shape[:3])
         return Tables(part_count, part, whole_count, whole)
     row, block = kinds.view(rows, blocks).nonzero().unbind(1)

@@ -176,7 +176,7 @@ def column_log_mass(
     (chunks, wide), rep = columns.at.shape, heads // kv_heads
     together = columns.may.shape[2] // chunks * config.block_size[0]
     q_BGSRCD = query.view(batch, kv_heads, rep, chunks, together, head_dim).transpose(2, 3)
-    rows = query_features(q_BGSRCD, scale, config).flatten(3, 4)
+    rows = query_features(q_BGSRCD, scale).flatten(3, 4)
     window = key.index_select(2, columns.at.clamp(max=key.shape[2] - 1).flatten())
     window = window.unflatten(2, (chunks, wide))
     fine = best_landmarks(

@@ -46,6 +46,8 @@ WIDE = {"cpu": 0.9, "cuda": 0.72}
 """The part of an entry of SDPA's that grows with head_dim."""
 NEAR_KEYS = 8
 """What a key too near to open counts in one pass (`cpu_planning.py`), in keys that are weighed."""
+BOXED_KEYS = 0.3
+"""What a key of a unit known by its box counts there."""
 CAUSAL_PROBES, HIDING = 0.6, 2.4
 """What a probe's score takes in `causal` scope, and the kernel's where openings hide slots, over
 those that `WEIGHTS` has."""
@@ -173,8 +175,9 @@ def work(config: DGAConfig, case: Case, length: int) -> dict[str, float]:
     # Of queries, weighed together:
     stretch = scores_held(case.device) / queries * (1 if exact else columns)
     weighed = queries * (length + min(stretch, length)) / 2 * wide * config.opens
-    known = NEAR + SEGMENT / 2  # tokens before a query whose units it knows by landmarks
+    known = NEAR[config.open_by] + SEGMENT / 2  # tokens before a query known by more than boxes
     near = length / 2 if length < known else known - known**2 / (2 * length)
+    unread = queries * (length / 2 - near) * (1 - BOXED_KEYS) * wide * config.opens
     probed = float(config.probes)
     if config.scope == "causal":  # each unit has its own, which look at it and what is near
         probed *= CAUSAL_PROBES * (1 + config.window / config.unit_size)
@@ -188,7 +191,7 @@ def work(config: DGAConfig, case: Case, length: int) -> dict[str, float]:
         "units": weighed / columns * (not one_pass),
         "landmarks": queries * near * wide * config.opens * (not exact) / columns * LANDMARKS,
         "keys": weighed * (exact and not one_pass),
-        "one_pass": (weighed + NEAR_KEYS * too_near) * one_pass,
+        "one_pass": (weighed - unread + NEAR_KEYS * too_near) * one_pass,
         "probes": queries * probed * config.needs_importance,
         "tokens": (case.heads + 2 * case.kv_heads) * length * case.head_dim / 64,
     }

@@ -1,6 +1,6 @@
-// What cpu_planning.py calls: openings by exact estimates, and tables of blocks.
+// What cpu_planning.py calls: openings by exact estimates.
 //
-// In openings a vector holds a number of each of 16 queries, so that nothing is ever summed up
+// A vector holds a number of each of 16 queries, so that nothing is ever summed up
 // across one.
 
 #include <algorithm>
@@ -26,6 +26,7 @@ constexpr int64_t TOGETHER = 128;  // queries of a task: keys are read once for 
 constexpr int32_t NEVER = std::numeric_limits<int32_t>::max();
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 constexpr float BEYOND = 60;  // as in opening.py
+constexpr float WHOLE_BOX_SHARE = 0.3f;  // as in estimates.py
 
 using bfloat16 = uint16_t;
 typedef float Floats __attribute__((vector_size(64)));
@@ -74,6 +75,13 @@ inline bfloat16 to_bfloat16(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+inline float to_float(bfloat16 x) {
+  const uint32_t bits = uint32_t(x) << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
 }
 
 inline Floats exponential(Floats x) {  // to 2e-5; of numbers up to 80
@@ -140,13 +148,6 @@ using Packed = float;
 
 struct Session {};
 
-inline float to_float(bfloat16 x) {
-  const uint32_t bits = uint32_t(x) << 16;
-  float y;
-  std::memcpy(&y, &bits, 4);
-  return y;
-}
-
 inline void pack(const float* query, int64_t dim, float scale, Packed* to) {
   for (int64_t lane = 0; lane < LANES; ++lane)
     for (int64_t d = 0; d < dim; ++d)
@@ -173,25 +174,45 @@ inline void multiply(
 
 #endif
 
+// `units_beyond`, of units.
+inline int64_t boxed_of(int64_t before, int64_t known, int64_t segment) {
+  return std::max<int64_t>(before / segment * segment - known, 0);
+}
+
+// The two corners (2, D) of the box around the keys (size, D) of a unit.
+inline void enclose(const bfloat16* key, int64_t size, int64_t dim, bfloat16* corners) {
+  for (int64_t d = 0; d < dim; ++d) {
+    float sum = 0, high = to_float(key[d]), low = high;
+    for (int64_t j = 0; j < size; ++j) {
+      const float x = to_float(key[j * dim + d]);
+      sum += x, high = x > high ? x : high, low = x < low ? x : low;
+    }
+    const float middle = sum / size;
+    corners[d] = to_bfloat16(middle + WHOLE_BOX_SHARE * (high - middle));
+    corners[dim + d] = to_bfloat16(middle + WHOLE_BOX_SHARE * (low - middle));
+  }
+}
+
 struct Group {  // 16 queries of one head, in one query block
   int64_t head, block, begin;  // of the queries
   int64_t before, after;       // the units that the block may open, and for which document:
   int32_t document;
+  int64_t boxed;  // the first units, so many that the block knows by their boxes alone
 };
 
 struct Task {  // some query blocks of the heads of one KV head
   // As `flexdga_openings` has them:
   const float* query;
-  const bfloat16* key;
+  const bfloat16 *key, *box;
   const int32_t *first, *home;
-  int64_t rep, length, blocks, rows, units, size, dim, window;
+  int64_t rep, length, blocks, rows, units, size, dim, window, known, segment;
   float scale, least;
   bool causal, prompt;
   int32_t* since;
   // Of this thread:
   std::vector<Group> groups;
   int64_t count, even;  // of groups, and rounded up
-  std::vector<Packed> packed;
+  std::vector<Packed> packed, halves;  // queries, and their positive and negative parts
   std::vector<Floats> far, near, base, mass, scores;
 
   const Packed* queries(int64_t group) const { return packed.data() + group * LANES * dim; }
@@ -202,12 +223,14 @@ struct Task {  // some query blocks of the heads of one KV head
     for (int64_t t = from; t < to; ++t) {
       const int64_t start = t * rows, before = std::max<int64_t>(start - window + 1, 0) / size;
       const int64_t after = (start + rows + window - 1 + size - 1) / size;
+      const int64_t boxed = causal ? boxed_of(before, known, segment) : 0;
       int32_t document = -1;
       for (int64_t i = start; i < start + rows; ++i)
         if (first[i] != NEVER) document = std::max(document, first[i]);
       for (int64_t head = 0; head < rep; ++head)
         for (int64_t i = start; i < start + rows; i += LANES)
-          groups.push_back({head, t, i, before, causal ? units : std::min(after, units), document});
+          groups.push_back(
+              {head, t, i, before, causal ? units : std::min(after, units), document, boxed});
     }
     count = groups.size(), even = (count + 1) / 2 * 2;
     packed.assign(even * LANES * dim, 0);
@@ -217,6 +240,7 @@ struct Task {  // some query blocks of the heads of one KV head
       pack(query + (groups[z].head * length + groups[z].begin) * dim, dim, scale,
            &packed[z * LANES * dim]);
     for (int64_t z = 0; z < count; z += 2) weigh_near(z);
+    if (groups.back().boxed) weigh_boxes();
     size == LANES ? weigh_far<1>() : size == 2 * LANES ? weigh_far<2>() : weigh_far<0>();
     for (int64_t z = 0; z < count; ++z) open(z);
   }
@@ -267,11 +291,12 @@ struct Task {  // some query blocks of the heads of one KV head
   template <int64_t KNOWN>
   void weigh_far() {
     const int64_t per_unit = KNOWN ? KNOWN : size / LANES;
+    const int64_t begin = groups.front().boxed * per_unit;
     const int64_t end = (causal ? groups.back().before : units) * per_unit;
     alignas(64) Tile made[2][2][2];  // while one is filled, the other is read
     int64_t last = -1, last_pair = 0;
     int turn = 0;
-    for (int64_t n = 0; n < end; n += 2)
+    for (int64_t n = begin; n < end; n += 2)
       for (int64_t z = 0; z < even; z += 2) {
         multiply(
             tile(n), tile(std::min(n + 1, end - 1)), queries(z), queries(z + 1), dim, made[turn]);
@@ -285,19 +310,53 @@ struct Task {  // some query blocks of the heads of one KV head
     for (int64_t i = 0; i < 2 && n + i < end; ++i) {
       const int64_t unit = (n + i) / per_unit, part = (n + i) % per_unit;
       for (int64_t z = pair; z < std::min(pair + 2, count); ++z) {
+        if (unit < groups[z].boxed) continue;
         Floats& kept = far[unit * even + z];
         Floats best = largest(made[i][z - pair]);
         if (part) best = larger(best, kept);
-        if (part == per_unit - 1) {
-          best = rounded(best);
-          if (may_open(groups[z], unit)) {
-            const Floats x = best - base[z];
-            mass[z] += exponential(-larger(-x, all(-BEYOND)));
-          }
-        }
-        kept = best;
+        kept = part == per_unit - 1 ? counted(best, unit, z) : best;
       }
     }
+  }
+
+  Floats counted(Floats score, int64_t unit, int64_t z) {  // in the mass of those that may open
+    score = rounded(score);
+    if (may_open(groups[z], unit)) {
+      const Floats x = score - base[z];
+      mass[z] += exponential(-larger(-x, all(-BEYOND)));
+    }
+    return score;
+  }
+
+  // The same of old units, of which only the boxes count: 16 of them make a tile.
+  void weigh_boxes() {
+    const int64_t end = (groups.back().boxed + LANES - 1) / LANES;
+    halves.assign(even * LANES * 2 * dim, 0);
+    std::vector<float> parts(LANES * 2 * dim);
+    for (int64_t z = 0; z < count; ++z) {
+      const float* from = query + (groups[z].head * length + groups[z].begin) * dim;
+      for (int64_t i = 0; i < LANES * dim; ++i) {
+        float* to = &parts[i / dim * 2 * dim + i % dim];
+        to[0] = from[i] > 0 ? from[i] : from[i] < 0 ? 0 : from[i];
+        to[dim] = from[i] > 0 ? 0 : from[i];
+      }
+      pack(parts.data(), 2 * dim, scale, &halves[z * LANES * 2 * dim]);
+    }
+    alignas(64) Tile made[2][2];
+    for (int64_t n = 0; n < end; n += 2)
+      for (int64_t z = 0; z < even; z += 2) {
+        const bfloat16* at = box + n * LANES * 2 * dim;
+        const Packed* half = &halves[z * LANES * 2 * dim];
+        const int64_t next = LANES * 2 * dim;
+        multiply(at, at + (n + 1 < end ? next : 0), half, half + next, 2 * dim, made);
+        for (int64_t i = 0; i < 2 && n + i < end; ++i)
+          for (int64_t y = z; y < std::min(z + 2, count); ++y) {
+            const int64_t least = (n + i) * LANES;
+            const int64_t most = std::min(least + LANES, groups[y].boxed);
+            for (int64_t unit = least; unit < most; ++unit)
+              far[unit * even + y] = counted(made[i][y - z][unit - least], unit, y);
+          }
+      }
   }
 
   bool may_open(const Group& mine, int64_t unit) const {
@@ -342,7 +401,8 @@ extern "C" int flexdga_ready() {
 }
 
 // query (B, G, R, L, D), key (B, G, L, D), first (B, L), home (B, N), since (B, G, R, T, N); sizes
-// B, G, R, L, D, queries of a block, tokens of a unit, window, threads.
+// B, G, R, L, D, queries of a block, tokens of a unit, window, NEAR and SEGMENT of estimates.py in
+// units, threads.
 extern "C" void flexdga_openings(
     const float* query, const bfloat16* key, const int32_t* first, const int32_t* home,
     int32_t* since, const int64_t* sizes, float scale, float least, int causal, int prompt) {
@@ -351,7 +411,17 @@ extern "C" void flexdga_openings(
   const int64_t blocks = length / rows, units = length / size;
   const int64_t each = std::max<int64_t>(TOGETHER / (rep * rows), 1);
   const int64_t parts = (blocks + each - 1) / each, heads = batch * kv_heads;
-#pragma omp parallel num_threads(sizes[8])
+  const int64_t known = sizes[8], segment = sizes[9], threads = sizes[10];
+  const int64_t last = std::max<int64_t>((blocks - 1) * rows - window + 1, 0) / size;
+  const int64_t boxed = causal ? boxed_of(last, known, segment) : 0;
+  const int64_t room = (boxed + LANES - 1) / LANES * LANES;  // whole tiles, filled with zeros
+  std::vector<bfloat16> box(heads * room * 2 * dim);
+#pragma omp parallel for num_threads(threads) collapse(2)
+  for (int64_t head = 0; head < heads; ++head)
+    for (int64_t unit = 0; unit < boxed; ++unit)
+      enclose(key + (head * length + unit * size) * dim, size, dim,
+              &box[(head * room + unit) * 2 * dim]);
+#pragma omp parallel num_threads(threads)
   {
     [[maybe_unused]] Session session;
     Task task;
@@ -360,11 +430,13 @@ extern "C" void flexdga_openings(
       const int64_t part = parts - 1 - number / heads, head = number % heads;  // the longest first
       task.query = query + head * rep * length * dim;
       task.key = key + head * length * dim;
+      task.box = box.data() + head * room * 2 * dim;
       task.first = first + head / kv_heads * length;
       task.home = home + head / kv_heads * units;
       task.since = since + head * rep * blocks * units;
       task.rep = rep, task.length = length, task.blocks = blocks, task.rows = rows;
       task.units = units, task.size = size, task.dim = dim, task.window = window;
+      task.known = known, task.segment = segment;
       task.scale = scale, task.least = least, task.causal = causal, task.prompt = prompt;
       task.run(part * each, std::min((part + 1) * each, blocks));
     }
@@ -419,43 +491,6 @@ extern "C" void flexdga_best_keys(
                   rounded(best[i][(r - row) / LANES])[(r - row) % LANES];
         }
       }
-    }
-  }
-}
-
-// How many blocks of kind 1 and of kind 2 each row of kinds (rows, blocks) has: counts (2, rows);
-// sizes rows, blocks, threads.
-extern "C" void flexdga_count_kinds(
-    const uint8_t* kinds, int32_t* counts, const int64_t* sizes) {
-  const int64_t rows = sizes[0], blocks = sizes[1];
-#pragma omp parallel for num_threads(sizes[2])
-  for (int64_t row = 0; row < rows; ++row) {
-    int32_t parts = 0, wholes = 0;
-    const uint8_t* kind = kinds + row * blocks;
-    for (int64_t block = 0; block < blocks; ++block) {
-      parts += kind[block] == 1;
-      wholes += kind[block] == 2;
-    }
-    counts[row] = parts, counts[rows + row] = wholes;
-  }
-}
-
-// Which they are, in order: tables of the same width, one for each kind; sizes rows, blocks, width,
-// threads.
-extern "C" void flexdga_list_kinds(
-    const uint8_t* kinds, int32_t* part, int32_t* whole, const int64_t* sizes) {
-  const int64_t rows = sizes[0], blocks = sizes[1], width = sizes[2];
-#pragma omp parallel for num_threads(sizes[3])
-  for (int64_t row = 0; row < rows; ++row) {
-    const uint8_t* kind = kinds + row * blocks;
-    int32_t* next[3] = {nullptr, part + row * width, whole + row * width};
-    for (int64_t block = 0; block < blocks; ++block) {
-      uint64_t some;
-      if (block + 8 <= blocks && (std::memcpy(&some, kind + block, 8), !some)) {
-        block += 7;  // most are of no kind
-        continue;
-      }
-      if (kind[block]) *next[kind[block]]++ = block;
     }
   }
 }

@@ -9,11 +9,11 @@ tokens of a unit, T query blocks, I queries of one, D head_dim.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from flexdga.config import DGAConfig
 from flexdga.cpu_planning import best_keys_on_cpu, decides
@@ -27,11 +27,15 @@ LANDMARKS = 4
 BOX_SHARE = 0.225
 """How far the estimate of the others goes from their mean towards the corner of the box around them
 that suits the query best. Both are measured on a real model: bench/RESEARCH.md."""
+WHOLE_BOX_SHARE = 0.3
+"""The same of a box around all keys of a unit."""
 
-NEAR, SEGMENT = 4096, 2048
-"""Causal queries know units by landmarks in the `NEAR` tokens before the present `SEGMENT` of so
-many, and in that, but older ones by their boxes alone: or planning would take three times as long
-where it grows with the square of the length. Segments, so that many queries agree on it."""
+NEAR: dict[str, int] = {"landmarks": 4096, "exact": 6144}
+SEGMENT = 2048
+"""Causal queries know units by landmarks, or by all keys, in the `NEAR` tokens before the present
+`SEGMENT` of so many, and in that, but older ones by their boxes alone: or planning would take three
+times as long where it grows with the square of the length. Segments, so that many queries agree on
+it."""
 UNIT_NUMBERS = 1 << 22
 """Of keys, made to features at a time."""
 BFLOAT16_ON_CPU: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -42,8 +46,8 @@ class Units(NamedTuple):
     """What estimates need of each unit.
 
     Attributes:
-        key: bfloat16, (B, Hkv, N, (2 + `LANDMARKS`)·D) features for `landmarks`, of which (B, Hkv,
-            N, 2D) are a box alone; (B, Hkv, N·U, D) the keys for `exact`.
+        key: bfloat16, (B, Hkv, N, (2 + `LANDMARKS`)·D) features for `landmarks`; (B, Hkv, N·U, D)
+            the keys for `exact`; (B, Hkv, N, 2D) for either are boxes alone.
         first: (B, N) int32 first token of the unit's document; NEVER if the unit holds padding or
             parts of two documents, and so never opens.
     """
@@ -79,6 +83,14 @@ def _landmarks_and_box(units: Tensor) -> Tensor:
     return torch.cat([high, low, landmarks.flatten(3)], -1).bfloat16()
 
 
+def boxes(key: Tensor, config: DGAConfig) -> Tensor:
+    """(B, Hkv, N, 2D) bfloat16, around all keys of each of the units (B, Hkv, N·U, D)."""
+    units = key.bfloat16().float().unflatten(2, (-1, config.block_size[1]))
+    middle = units.mean(3)
+    corners = (torch.lerp(middle, x, WHOLE_BOX_SHARE) for x in (units.amax(3), units.amin(3)))
+    return torch.cat([*corners], -1).bfloat16()
+
+
 def unit_documents(first: Tensor, config: DGAConfig) -> Tensor:
     """(B, N) `Units.first` from the documents of (B, N·U) tokens."""
     units = first.unflatten(-1, (-1, config.block_size[1]))
@@ -88,7 +100,7 @@ def unit_documents(first: Tensor, config: DGAConfig) -> Tensor:
 def units_beyond(before: Count, config: DGAConfig) -> Count:
     """How many units a causal query block knows by their boxes alone, of those `before` it."""
     size = config.block_size[1]
-    far = before // (SEGMENT // size) * (SEGMENT // size) - NEAR // size
+    far = before // (SEGMENT // size) * (SEGMENT // size) - NEAR[config.open_by] // size
     return far * (far > 0)
 
 
@@ -114,36 +126,50 @@ def far_log_mass(
         units: `Units.key`.
         config: `open_by`, `block_size`.
         scale: of the scores.
-        beyond: `units_beyond` of blocks of equally many queries; None: landmarks of all count.
+        beyond: `units_beyond` of blocks of equally many queries; None: all are near.
     """
-    if not torch.compiler.is_compiling() and decides(query, config):
-        return best_keys_on_cpu(query, units.bfloat16(), config=config, scale=scale)
-    rows = in_matrices(query_features(query, scale, config), units.shape[1])
-    if config.open_by == "landmarks":
-        weigh = _of_few if query.shape[2] == 1 else _of_many
-        far, best = weigh(rows, units, query.shape[3])
-        if best is not None:
-            best = best if beyond is None else _near_alone(best, beyond, query)
-            far = torch.maximum(best, far)
-    elif query.shape[2] == 1:  # keys are rows here, so that none need be moved
-        far = products(units.bfloat16(), rows).unflatten(2, (-1, config.block_size[1]))
-        far = far.amax(3).mT
+    by_box = None
+    if units.shape[-1] == query.shape[3]:
+        best = _best_of_keys(query, units, config, scale)
+        all_near = units.shape[2] < NEAR["exact"] + SEGMENT
+        if beyond is not None and not statically_known_true(all_near):
+            by_box = products(_signed_rows(query, units, scale), boxes(units, config))
     else:
-        far = best_keys(rows, by_place(units, config.block_size[1]))
-    return far.reshape(*query.shape[:3], far.shape[-1]).float()
+        weigh = _of_few if query.shape[2] == 1 else _of_many
+        by_box, near = weigh(_signed_rows(query, units, scale), units, query.shape[3])
+        best = by_box if near is None else torch.maximum(near, by_box)
+    if beyond is not None and by_box is not None:
+        best = _old_by_box(best, by_box, beyond, query)
+    return best.reshape(*query.shape[:3], best.shape[-1]).float()
 
 
-def _near_alone(best: Tensor, beyond: Tensor, query: Tensor) -> Tensor:
-    """-inf for the units that a block knows by their boxes alone."""
+def _best_of_keys(query: Tensor, key: Tensor, config: DGAConfig, scale: float) -> Tensor:
+    """(B, G, R·C, N) bfloat16, the best score of each unit's keys (B, G, N·U, D)."""
+    size, (batch, kv_heads) = config.block_size[1], key.shape[:2]
+    if not torch.compiler.is_compiling() and decides(query, config):
+        best = best_keys_on_cpu(query, key.bfloat16(), config=config, scale=scale)
+        return best.view(batch, kv_heads, -1, best.shape[-1])
+    rows = in_matrices((query * scale).bfloat16(), kv_heads)
+    if query.shape[2] == 1:  # keys are rows here, so that none need be moved
+        return products(key.bfloat16(), rows).unflatten(2, (-1, size)).amax(3).mT
+    return best_keys(rows, by_place(key, size))
+
+
+def _signed_rows(query: Tensor, units: Tensor, scale: float) -> Tensor:
+    return in_matrices(query_features(query, scale), units.shape[1])
+
+
+def _old_by_box(best: Tensor, by_box: Tensor, beyond: Tensor, query: Tensor) -> Tensor:
+    """The estimates by box of units that a block knows by nothing else, the best of others."""
     (_, heads, count, _), blocks, kv_heads = query.shape, beyond.shape[0], best.shape[1]
     number = torch.arange(best.shape[-1], dtype=torch.int32, device=best.device)
-    unknown = stored_mask(number >= beyond[:, None])
+    known = stored_mask(number >= beyond[:, None])[:, None] == 0
     shape = best.shape[0], kv_heads, heads // kv_heads, blocks, count // blocks, best.shape[-1]
-    return best.view(shape).masked_fill(unknown[:, None] < 0, -math.inf).view(best.shape)
+    return torch.where(known, best.view(shape), by_box.view(shape)).view(best.shape)
 
 
 def near_log_scores(
-    query: Tensor, box: Tensor, landmarks: Tensor, *, config: DGAConfig, scale: float
+    query: Tensor, box: Tensor, landmarks: Tensor, *, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Estimates by `landmarks`: (B, G, R·C, N) bfloat16; and the (B, G, R·C, 2D) `query_features`.
 
@@ -151,10 +177,9 @@ def near_log_scores(
         query: (B, H, C, D).
         box: (B, G, N, 2D) `box_of` units.
         landmarks: (B, G, `LANDMARKS`·N, D) `landmarks_of` them.
-        config: `open_by`.
         scale: of the scores.
     """
-    rows = in_matrices(query_features(query, scale, config), box.shape[1])
+    rows = _signed_rows(query, box, scale)
     whole = in_matrices((query * scale).bfloat16(), box.shape[1])
     return best_landmarks(rows, whole, box, landmarks), rows
 
@@ -226,13 +251,13 @@ def in_matrices(rows: Tensor, kv_heads: int) -> Tensor:
     return rows.reshape(batch, kv_heads, heads // kv_heads * count, width)
 
 
-def query_features(query: Tensor, scale: float, config: DGAConfig) -> Tensor:
-    """bfloat16 queries as `Units.key` wants them: (..., D), or (..., 2D) for `landmarks`."""
+def query_features(query: Tensor, scale: float) -> Tensor:
+    """bfloat16 queries as boxes want them: (..., 2D), positive parts and negative ones.
+
+    q·corner = Σ max(q_d high_d, q_d low_d), the corner being the best one for this query.
+    """
     rows = (query * scale).bfloat16()
-    if config.open_by == "landmarks":
-        # q·corner = Σ max(q_d high_d, q_d low_d), the corner being the best one for this query.
-        return torch.cat([rows.clamp(min=0), rows.clamp(max=0)], -1)
-    return rows
+    return torch.cat([rows.clamp(min=0), rows.clamp(max=0)], -1)
 
 
 def by_place(key: Tensor, size: int) -> Tensor:

@@ -17,6 +17,7 @@ from flexdga.config import COARSE, DGAConfig
 from flexdga.estimates import (
     Units,
     box_of,
+    boxes,
     far_log_mass,
     in_matrices,
     products,
@@ -55,6 +56,7 @@ class FarUnits:
         self._tables: dict[int, Tensor] = {}  # query block: (B, H, N) int32, open from this query
         self._kept: list[Tensor] = []  # keys and values, or numbers and scales of both
         self._features: Tensor | None = None  # for estimates; None: the keys that are kept
+        self._boxes: Tensor | None = None  # of the oldest units, where features are keys
         self._first: Tensor  # (B, N) int32
         self._columns = OpenColumns(config.block_size[1])
         self._block: int  # the present query block, and what is open in it:
@@ -127,6 +129,7 @@ class FarUnits:
     def cut(self, count: int) -> None:
         """Keep the oldest `count` units at most."""
         self.count = min(self.count, count)
+        self._boxes = None if self._boxes is None else self._boxes[:, :, : self.count]
         self._forget_block()
 
     def select(self, rows: Tensor) -> None:
@@ -137,12 +140,13 @@ class FarUnits:
             self._first = self._first.index_select(0, rows)
         if self._features is not None:
             self._features = self._features.index_select(0, rows)
+        self._boxes = None if self._boxes is None else self._boxes.index_select(0, rows)
         self._forget_block()
 
     def bytes(self) -> int:
         """Of everything that is kept, on whichever device."""
         kept = [*self._kept, *self._tables.values()]
-        kept += [] if self._features is None else [self._features]
+        kept += [x for x in (self._features, self._boxes) if x is not None]
         return sum(t.numel() * t.element_size() for t in kept) + self._columns.bytes()
 
     def open(
@@ -197,21 +201,19 @@ class FarUnits:
 
     def _weighed(self, query: Tensor, doc_first: Tensor, block: int, scale: float) -> Tensor:
         """(B, H, Q, M + N) `far_log_mass` of M coarse units and N others; -inf of hidden ones."""
-        units, config = self._features, self.config
-        if units is None:
-            units = _restored(self._kept[: len(self._kept) // 2]).to(query.device)
+        config = self.config
         before = max(block * config.block_size[0] - config.window + 1, 0) // config.block_size[1]
         if config.coarsens and block != self._coarse_of:
+            assert self._features is not None
             self._coarse_of = block
             self._least = int(first_fine(torch.tensor(before, dtype=torch.int32), config))
-            old = units[:, :, : self._least].bfloat16(), self._first[:, : self._least]
+            old = self._features[:, :, : self._least].bfloat16(), self._first[:, : self._least]
             self._coarse = coarse_units(Units(*old))
         least, hidden = self._least, self._hidden_from(doc_first)
-        parts = [units[:, :, least:]] if least else [units]
-        beyond = units_beyond(before, config)
-        if config.open_by == "landmarks" and beyond > least:
-            boxes = box_of(units[:, :, :beyond], query.shape[3])
-            parts = [boxes[:, :, least:], units[:, :, beyond:]]
+        beyond = max(units_beyond(before, config), least)
+        parts = [self._known_from(beyond, query.device)]
+        if beyond > least:
+            parts.insert(0, self._boxes_to(beyond, query)[:, :, least:])
         weighed = [far_log_mass(query, part, config, scale) for part in parts]
         far = weighed[0] if len(weighed) == 1 else torch.cat(weighed, -1)
         far = far[..., : self.count - least]
@@ -223,6 +225,28 @@ class FarUnits:
         coarse = far_log_mass(query, key.mT, config, scale)
         coarse = coarse.masked_fill((first != doc_first)[:, None, None], -math.inf)
         return torch.cat([coarse, far], -1)
+
+    def _known_from(self, unit: int, device: torch.device) -> Tensor:
+        """What `far_log_mass` takes of the units from this one on."""
+        if self._features is not None:
+            each = 1 if self.config.open_by == "landmarks" else self.config.block_size[1]
+            return self._features[:, :, unit * each :]
+        keys = self._kept[: len(self._kept) // 2]
+        return _restored([x[:, :, unit * self.config.block_size[1] :] for x in keys]).to(device)
+
+    def _boxes_to(self, unit: int, query: Tensor) -> Tensor:
+        """And of those before it, by their boxes alone."""
+        if self.config.open_by == "landmarks":
+            assert self._features is not None
+            return box_of(self._features[:, :, :unit], query.shape[3])
+        have = 0 if self._boxes is None else self._boxes.shape[2]
+        if have < unit:
+            count = (unit - have) * self.config.block_size[1]
+            new = boxes(self._known_from(have, query.device)[:, :, :count], self.config)
+            new = new.float() if query.device.type == "cpu" else new
+            self._boxes = new if self._boxes is None else torch.cat([self._boxes, new], 2)
+        assert self._boxes is not None
+        return self._boxes[:, :, :unit]
 
     def _by_unit(self, want: Tensor, doc_first: Tensor) -> Tensor:
         """What is true of a coarse unit for each of its units."""

@@ -76,8 +76,9 @@ def open_table(
     if not alone and decides(query, config):
         home = unit_documents(docs.first, config)
         made = openings_on_cpu(
-            query, key, docs, home, config=config, is_causal=is_causal, scale=scale
-        )
+            query, key, docs, home, near=(NEAR["exact"], SEGMENT), config=config,
+            is_causal=is_causal, scale=scale,
+        )  # fmt: skip
         return _as_cat(made) if torch.compiler.is_compiling() else made
     # On CPU they are a few large views and copies: not worth the seconds of a compilation.
     prepare = prepared if key.device.type == "cpu" else functools.partial(run, prepared)
@@ -219,7 +220,8 @@ class _Features:
         self._box = self._landmarks = units.key
         size = config.block_size[1]
         self.each = SEGMENT // size
-        self.scores = LANDMARKS * min(units.first.shape[1], (NEAR + SEGMENT) // size) // 2
+        near = (NEAR["landmarks"] + SEGMENT) // size
+        self.scores = LANDMARKS * min(units.first.shape[1], near) // 2
 
     def weighed(self, query: Tensor, beyond: int, reach: int, scale: float) -> Tensor:
         """`far_log_mass` of queries (B, H, C, D), and of the first `reach` units: in bfloat16."""
@@ -228,9 +230,7 @@ class _Features:
             self._box = box_of(near, self._dim).contiguous()
             self._landmarks = landmarks_of(near, self._dim)
             self._near = (beyond, reach)
-        far, rows = self.run(
-            near_log_scores, query, self._box, self._landmarks, config=self.config, scale=scale
-        )
+        far, rows = self.run(near_log_scores, query, self._box, self._landmarks, scale=scale)
         if beyond:
             old = products(rows, box_of(self._features[:, :, :beyond], self._dim))
             far = torch.cat([old, far], -1)

@@ -44,7 +44,7 @@ def test_blocks_agree_with_the_mask(planner, opener, layout, causal, blocks):
 @pytest.mark.parametrize("narrow", [None, "one pass", "PyTorch"])
 def test_tables_list_the_blocks_of_every_query_head(narrow, monkeypatch):
     if narrow == "PyTorch":
-        monkeypatch.setattr("flexdga.cpu_planning._library", lambda: None)
+        monkeypatch.setattr("flexdga.cpp.library", lambda name: None)
     config = small()
     inputs = qkv(heads=6, length=150)
     plan = make_plan(*inputs, config=config)

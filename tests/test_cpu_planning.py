@@ -12,24 +12,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_planner import layout_arguments
 
-from flexdga import DGAConfig, cpu_planning, make_plan
+from flexdga import DGAConfig, cpp, cpu_planning, estimates, make_plan, stretches
 from flexdga.plan import NEVER
 
 pytestmark = pytest.mark.usefixtures("eager")
 
-STOCK = cpu_planning._library
+STOCK = cpp.library
 
 
 @functools.cache
-def portable():
+def portable(name):
     """The same source without tiles."""
     from torch._inductor.codecache import CppCodeCache
 
-    return CppCodeCache.load("#undef __AMX_BF16__\n" + cpu_planning.SOURCE.read_text())
+    return CppCodeCache.load("#undef __AMX_BF16__\n" + (cpp.FOLDER / f"{name}.cpp").read_text())
 
 
 def opened(monkeypatch, library, *inputs, **arguments) -> torch.Tensor:
-    monkeypatch.setattr(cpu_planning, "_library", library)
+    monkeypatch.setattr(cpp, "library", library)
     return make_plan(*inputs, **arguments).open
 
 
@@ -62,11 +62,31 @@ def test_opens_what_the_rule_opens(
     given_layout, _ = layout_arguments(layout, 2, length)
     arguments = {"config": config, "is_causal": is_causal, "scale": 1 / 8} | given_layout
     with pytest.MonkeyPatch.context() as monkeypatch:
-        rule = opened(monkeypatch, lambda: None, *inputs, **arguments)
+        rule = opened(monkeypatch, lambda name: None, *inputs, **arguments)
         for library in (STOCK, portable):
             table = opened(monkeypatch, library, *inputs, **arguments)
             wrong = (table != rule).sum().item()
             assert wrong <= 1e-3 * (rule < NEVER).sum(), library  # ties after float32 sums
+
+
+@pytest.mark.parametrize("blocks", [(32, 16), (16, 64)])
+@pytest.mark.parametrize("head_dim", [48, 64])
+def test_opens_old_units_by_their_boxes_as_the_rule_does(blocks, head_dim, monkeypatch):
+    monkeypatch.setitem(estimates.NEAR, "exact", 256)
+    for module in (estimates, stretches):
+        monkeypatch.setattr(module, "SEGMENT", 128)
+    config = DGAConfig(block_size=blocks, unit_size=blocks[1], dense_below=0)
+    query, key, value = qkv(2, 4, 2, 1300, head_dim)
+    inputs = [(2 * query).round(), key.round(), value]
+    arguments = {"config": config, "scale": 1 / 8}
+    rule = opened(monkeypatch, lambda name: None, *inputs, **arguments)
+    old = rule[:, :, -128 // blocks[0] :, : 512 // blocks[1]] < NEVER
+    assert old.any() and not old.all()
+    for library in (STOCK, portable):
+        table = opened(monkeypatch, library, *inputs, **arguments)
+        assert (table != rule).sum() <= 1e-3 * (rule < NEVER).sum(), library
+    monkeypatch.setitem(estimates.NEAR, "exact", 4096)
+    assert (opened(monkeypatch, STOCK, *inputs, **arguments) != rule).any()
 
 
 def test_who_decides(monkeypatch):
@@ -77,26 +97,26 @@ def test_who_decides(monkeypatch):
     assert not cpu_planning.decides(query, DGAConfig(open_by="exact", open_units=2))
     assert not cpu_planning.decides(query.to("meta"), exact)
     monkeypatch.setenv("FLEXDGA_STOCK_CPU_KERNEL", "1")
-    cpu_planning._library.cache_clear()
+    cpp.library.cache_clear()
     assert not cpu_planning.decides(query, exact)
     monkeypatch.undo()
-    cpu_planning._library.cache_clear()
+    cpp.library.cache_clear()
 
 
 def test_what_does_not_compile_is_said_once_and_done_in_pytorch(monkeypatch, tmp_path, caplog):
-    source = tmp_path / "cpu_planning.cpp"
-    source.write_text("not C++")
-    monkeypatch.setattr(cpu_planning, "SOURCE", source)
+    for name in ("cpu_planning.cpp", "cpu_tables.cpp"):
+        tmp_path.joinpath(name).write_text("not C++")
+    monkeypatch.setattr(cpp, "FOLDER", tmp_path)
     monkeypatch.setattr("flexdga.saying._said", set())
     inputs, config = qkv(1, 2, 2, 200), DGAConfig(dense_below=0)
     want = make_plan(*inputs, config=config).open
-    cpu_planning._library.cache_clear()
+    cpp.library.cache_clear()
     try:
         assert torch.equal(make_plan(*inputs, config=config).open, want)
-        assert not cpu_planning.available()
+        assert not cpp.available(cpu_planning.NAME)
     finally:
         monkeypatch.undo()
-        cpu_planning._library.cache_clear()
+        cpp.library.cache_clear()
     assert sum("did not compile" in record.message for record in caplog.records) == 1
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from flexdga import DGAConfig, estimates, make_plan, reference, stretches
 from flexdga.config import COARSE
-from flexdga.estimates import BOX_SHARE, LANDMARKS, unit_documents
+from flexdga.estimates import BOX_SHARE, LANDMARKS, WHOLE_BOX_SHARE, unit_documents
 from flexdga.opening import openings
 from flexdga.plan import NEVER
 from flexdga.planner import documents
@@ -146,25 +146,43 @@ def test_a_query_opens_the_unit_that_it_needs():
         assert seen[250:256].all() and not seen[240:250].any() and not seen[256:].any()
 
 
-def by_box(queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def by_landmarks(
+    queries: torch.Tensor, keys: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores of a unit: of its landmarks (Q, 4), and by the box around its other keys (Q,)."""
     mean = keys.mean(0)
     order = (keys - mean).norm(dim=1).argsort(descending=True)
     landmarks, others = keys[order[:LANDMARKS]], keys[order[LANDMARKS:]]
-    box = torch.cat([others, mean[None]])
-    high, low = (others.mean(0).lerp(x, BOX_SHARE) for x in (box.amax(0), box.amin(0)))
-    return queries @ landmarks.mT, queries.clamp(min=0) @ high + queries.clamp(max=0) @ low
+    around = torch.cat([others, mean[None]])
+    return queries @ landmarks.mT, by_box(queries, others.mean(0), around, BOX_SHARE)
 
 
-@pytest.mark.parametrize("coarse_beyond", [256, None], ids=["coarse", "fine"])
+def by_keys(queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of its keys (Q, U), and by the box around all of them (Q,)."""
+    return queries @ keys.mT, by_box(queries, keys.mean(0), keys, WHOLE_BOX_SHARE)
+
+
+def by_box(
+    queries: torch.Tensor, middle: torch.Tensor, keys: torch.Tensor, share: float
+) -> torch.Tensor:
+    high, low = (middle.lerp(x, share) for x in (keys.amax(0), keys.amin(0)))
+    return queries.clamp(min=0) @ high + queries.clamp(max=0) @ low
+
+
+@pytest.mark.parametrize(
+    ("open_by", "coarse_beyond"), [("landmarks", 256), ("landmarks", None), ("exact", None)]
+)
 @pytest.mark.parametrize("layout", ["plain", "lengths", "left", "packed"])
-def test_units_open_by_their_landmarks_and_far_ones_by_boxes(layout, coarse_beyond, monkeypatch):
+def test_units_open_by_their_keys_and_far_ones_by_boxes(
+    layout, open_by, coarse_beyond, monkeypatch
+):
     """Units more than 256 tokens away by their boxes alone, or together by the mean of these."""
+    monkeypatch.setitem(estimates.NEAR, open_by, 256)
     for module in (estimates, stretches):
-        monkeypatch.setattr(module, "NEAR", 256)
         monkeypatch.setattr(module, "SEGMENT", 128)
     config = small(unit_size=16, open_units=None, open_mass=0.02, scope="causal")
-    config = dataclasses.replace(config, coarse_beyond=coarse_beyond, open_by="landmarks")
+    config = dataclasses.replace(config, coarse_beyond=coarse_beyond, open_by=open_by)
+    estimate = by_landmarks if open_by == "landmarks" else by_keys
     length = 1300
     query, key, value = qkv(batch=2, heads=4, length=length)
     query = 2 * query
@@ -202,10 +220,13 @@ def test_units_open_by_their_landmarks_and_far_ones_by_boxes(layout, coarse_beyo
                 ).unsqueeze(1)
                 columns = [near.masked_fill(unseen, -math.inf)]
                 for units in groups:
-                    found = [by_box(queries, key[b, h // 2, u * 16 : u * 16 + 16]) for u in units]
+                    found = [
+                        estimate(queries, key[b, h // 2, u * 16 : u * 16 + 16]) for u in units
+                    ]
                     score = torch.stack([box for _, box in found]).mean(0)
                     if units[0] >= max(coarse, boxed):
-                        score = torch.maximum(score, found[0][0].amax(1))
+                        best = found[0][0].amax(1)
+                        score = best if open_by == "exact" else torch.maximum(score, best)
                     columns.append(score[:, None])
                 asks = torch.cat(columns, 1).softmax(1)[:, near.shape[1] :] > config.open_mass
                 want = torch.zeros(before, dtype=torch.bool)

@@ -71,10 +71,9 @@ inline Floats rounded(Floats x) {  // to bfloat16
 }
 
 inline bfloat16 to_bfloat16(float x) {
-  if (x != x) return 0x7fc0;
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
-  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
 inline float to_float(bfloat16 x) {
@@ -99,6 +98,13 @@ inline Floats exponential(Floats x) {  // to 2e-5; of numbers up to 80
 
 using Packed = bfloat16;  // pairs of numbers, of 16 queries side by side
 
+inline void to_bfloat16s(const float* from, int64_t count, float scale, bfloat16* to) {
+  for (int64_t i = 0; i < count; i += LANES) {
+    const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(from + i), _mm512_set1_ps(scale));
+    _mm256_storeu_si256((__m256i*)(to + i), (__m256i)_mm512_cvtneps_pbh(x));
+  }
+}
+
 struct Session {  // of a thread that multiplies tiles
   Session() {
     struct alignas(64) {
@@ -112,10 +118,13 @@ struct Session {  // of a thread that multiplies tiles
   ~Session() { _tile_release(); }
 };
 
-inline void pack(const float* query, int64_t dim, float scale, Packed* to) {
-  for (int64_t lane = 0; lane < LANES; ++lane)
-    for (int64_t d = 0; d < dim; ++d)
-      to[d / 2 * 2 * LANES + lane * 2 + d % 2] = to_bfloat16(query[lane * dim + d] * scale);
+inline void pack(const bfloat16* query, int64_t dim, Packed* to) {
+  const uint32_t* pairs = (const uint32_t*)query;
+  uint32_t* out = (uint32_t*)to;
+  const Ints step = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const __m512i rows = (__m512i)(step * int32_t(dim / 2));
+  for (int64_t pair = 0; pair < dim / 2; ++pair)
+    _mm512_storeu_si512(out + pair * LANES, _mm512_i32gather_epi32(rows, pairs + pair, 4));
 }
 
 // Scores of 16 and 16 keys, by 16 and 16 queries.
@@ -146,12 +155,16 @@ inline void multiply(
 
 using Packed = float;
 
+inline void to_bfloat16s(const float* from, int64_t count, float scale, bfloat16* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = to_bfloat16(from[i] * scale);
+}
+
 struct Session {};
 
-inline void pack(const float* query, int64_t dim, float scale, Packed* to) {
-  for (int64_t lane = 0; lane < LANES; ++lane)
-    for (int64_t d = 0; d < dim; ++d)
-      to[d * LANES + lane] = to_float(to_bfloat16(query[lane * dim + d] * scale));
+inline void pack(const bfloat16* query, int64_t dim, Packed* to) {
+  for (int64_t d = 0; d < dim; ++d)
+    for (int64_t lane = 0; lane < LANES; ++lane)
+      to[d * LANES + lane] = to_float(query[lane * dim + d]);
 }
 
 inline void multiply(
@@ -174,6 +187,25 @@ inline void multiply(
 
 #endif
 
+// Scaled numbers of 16 queries as tiles take them; with signs, positive and negative parts apart.
+inline void pack_queries(
+    const float* query, int64_t dim, float scale, bool signs, std::vector<bfloat16>& some,
+    Packed* to) {
+  const int64_t wide = signs ? 2 * dim : dim;
+  some.resize(LANES * wide);
+  for (int64_t lane = 0; lane < LANES; ++lane, query += dim) {
+    bfloat16* row = some.data() + lane * wide;
+    to_bfloat16s(query, dim, scale, row);
+    for (int64_t d = 0; signs && d < dim; ++d) {
+      const bfloat16 x = row[d];
+      const bool negative = x > 0x8000 && x <= 0xff80;  // not what is no number
+      row[d] = negative ? 0 : x;
+      row[dim + d] = negative || x > 0x7f80 ? x : 0;
+    }
+  }
+  pack(some.data(), wide, to);
+}
+
 // `units_beyond`, of units.
 inline int64_t boxed_of(int64_t before, int64_t known, int64_t segment) {
   return std::max<int64_t>(before / segment * segment - known, 0);
@@ -181,15 +213,21 @@ inline int64_t boxed_of(int64_t before, int64_t known, int64_t segment) {
 
 // The two corners (2, D) of the box around the keys (size, D) of a unit.
 inline void enclose(const bfloat16* key, int64_t size, int64_t dim, bfloat16* corners) {
-  for (int64_t d = 0; d < dim; ++d) {
-    float sum = 0, high = to_float(key[d]), low = high;
-    for (int64_t j = 0; j < size; ++j) {
-      const float x = to_float(key[j * dim + d]);
-      sum += x, high = x > high ? x : high, low = x < low ? x : low;
+  for (int64_t begin = 0; begin < dim; begin += LANES) {
+    float sum[LANES] = {}, high[LANES], low[LANES];
+    for (int64_t i = 0; i < LANES; ++i) high[i] = low[i] = to_float(key[begin + i]);
+    for (int64_t j = 0; j < size; ++j)
+      for (int64_t i = 0; i < LANES; ++i) {
+        const float x = to_float(key[j * dim + begin + i]);
+        sum[i] += x;
+        high[i] = x > high[i] ? x : high[i];
+        low[i] = x < low[i] ? x : low[i];
+      }
+    for (int64_t i = 0; i < LANES; ++i) {
+      const float middle = sum[i] / size;
+      corners[begin + i] = to_bfloat16(middle + WHOLE_BOX_SHARE * (high[i] - middle));
+      corners[dim + begin + i] = to_bfloat16(middle + WHOLE_BOX_SHARE * (low[i] - middle));
     }
-    const float middle = sum / size;
-    corners[d] = to_bfloat16(middle + WHOLE_BOX_SHARE * (high - middle));
-    corners[dim + d] = to_bfloat16(middle + WHOLE_BOX_SHARE * (low - middle));
   }
 }
 
@@ -206,15 +244,23 @@ struct Task {  // some query blocks of the heads of one KV head
   const bfloat16 *key, *box;
   const int32_t *first, *home;
   int64_t rep, length, blocks, rows, units, size, dim, window, known, segment;
-  float scale, least;
+  float scale, least, share;
   bool causal, prompt;
   int32_t* since;
   // Of this thread:
   std::vector<Group> groups;
   int64_t count, even;  // of groups, and rounded up
   std::vector<Packed> packed, halves;  // queries, and their positive and negative parts
-  std::vector<Floats> far, near, base, mass, scores;
+  std::vector<bfloat16> some;
+  std::vector<Floats> base, mass, part, scores;
+  // What may be asked for in the end: so many units of each group, and their scores.
+  std::vector<int64_t> wishes;
+  std::vector<int32_t> wished;
+  std::vector<Floats> wish;
 
+  const float* queries_of(int64_t group) const {
+    return query + (groups[group].head * length + groups[group].begin) * dim;
+  }
   const Packed* queries(int64_t group) const { return packed.data() + group * LANES * dim; }
   const bfloat16* tile(int64_t number) const { return key + number * LANES * dim; }
 
@@ -234,14 +280,14 @@ struct Task {  // some query blocks of the heads of one KV head
     }
     count = groups.size(), even = (count + 1) / 2 * 2;
     packed.assign(even * LANES * dim, 0);
-    far.resize(units * even);
-    for (auto* each : {&near, &base, &mass}) each->assign(even, Floats{});
+    wishes.assign(count, 0);
+    wished.resize(units * count), wish.resize(units * count);
+    for (auto* each : {&base, &mass, &part}) each->assign(even, Floats{});
     for (int64_t z = 0; z < count; ++z)
-      pack(query + (groups[z].head * length + groups[z].begin) * dim, dim, scale,
-           &packed[z * LANES * dim]);
+      pack_queries(queries_of(z), dim, scale, false, some, &packed[z * LANES * dim]);
     for (int64_t z = 0; z < count; z += 2) weigh_near(z);
-    if (groups.back().boxed) weigh_boxes();
     size == LANES ? weigh_far<1>() : size == 2 * LANES ? weigh_far<2>() : weigh_far<0>();
+    if (groups.back().boxed) weigh_boxes();
     for (int64_t z = 0; z < count; ++z) open(z);
   }
 
@@ -279,15 +325,16 @@ struct Task {  // some query blocks of the heads of one KV head
         const Floats x = score(at);
         sum += x > NOTHING ? exponential(x - base[z]) : Floats{};
       }
-      for (int lane = 0; lane < LANES; ++lane) {
-        near[z][lane] = base[z][lane] + std::log(sum[lane]);
-        base[z][lane] = sum[lane] > 0 ? near[z][lane] : 0;
+      for (int lane = 0; lane < LANES; ++lane) {  // masses are those of what is near from here on
+        base[z][lane] = sum[lane] > 0 ? base[z][lane] + std::log(sum[lane]) : 0;
+        mass[z][lane] = sum[lane] > 0 ? 1 : sum[lane];
       }
     }
   }
 
-  // Scores of the best keys of units, and the mass of those that may be opened. A number of tiles
-  // of a unit that the compiler knows saves divisions.
+  // Scores of the best keys of units, and the mass of those that may be opened: the newest first, so
+  // that soon few are worth keeping. A number of tiles of a unit that the compiler knows saves
+  // divisions.
   template <int64_t KNOWN>
   void weigh_far() {
     const int64_t per_unit = KNOWN ? KNOWN : size / LANES;
@@ -296,7 +343,7 @@ struct Task {  // some query blocks of the heads of one KV head
     alignas(64) Tile made[2][2][2];  // while one is filled, the other is read
     int64_t last = -1, last_pair = 0;
     int turn = 0;
-    for (int64_t n = begin; n < end; n += 2)
+    for (int64_t n = begin + (end - begin - 1) / 2 * 2; n >= begin && n < end; n -= 2)
       for (int64_t z = 0; z < even; z += 2) {
         multiply(
             tile(n), tile(std::min(n + 1, end - 1)), queries(z), queries(z + 1), dim, made[turn]);
@@ -307,43 +354,48 @@ struct Task {  // some query blocks of the heads of one KV head
   }
 
   inline void note(int64_t n, int64_t pair, int64_t end, int64_t per_unit, Tile (*made)[2]) {
-    for (int64_t i = 0; i < 2 && n + i < end; ++i) {
-      const int64_t unit = (n + i) / per_unit, part = (n + i) % per_unit;
+    for (int64_t i = std::min<int64_t>(end - n, 2) - 1; i >= 0; --i) {
+      const int64_t unit = (n + i) / per_unit, left = (n + i) % per_unit;
       for (int64_t z = pair; z < std::min(pair + 2, count); ++z) {
         if (unit < groups[z].boxed) continue;
-        Floats& kept = far[unit * even + z];
         Floats best = largest(made[i][z - pair]);
-        if (part) best = larger(best, kept);
-        kept = part == per_unit - 1 ? counted(best, unit, z) : best;
+        if (left != per_unit - 1) best = larger(best, part[z]);
+        if (left)
+          part[z] = best;
+        else
+          weigh(best, unit, z);
       }
     }
   }
 
-  Floats counted(Floats score, int64_t unit, int64_t z) {  // in the mass of those that may open
-    score = rounded(score);
-    if (may_open(groups[z], unit)) {
-      const Floats x = score - base[z];
-      mass[z] += exponential(-larger(-x, all(-BEYOND)));
+  void weigh(Floats score, int64_t unit, int64_t z) { weigh(&score, unit, unit + 1, z); }
+
+  // Units that follow each other.
+  void weigh(const Floats* scores, int64_t begin, int64_t end, int64_t z) {
+    const Group& mine = groups[z];
+    const Floats at = base[z], least = share * mass[z];
+    Floats sum = mass[z];
+    int64_t place = z * units + wishes[z];
+    for (int64_t unit = begin; unit < end; ++unit) {
+      if (!may_open(mine, unit)) continue;
+      const Floats score = rounded(scores[unit - begin]), x = score - at;
+      const Floats each = exponential(-larger(-x, all(-BEYOND)));
+      sum += each;
+      // The mass only grows: what is too little of it now stays so.
+      if (first_of(each >= least) == LANES) continue;
+      wished[place] = unit, wish[place] = score, ++place;
     }
-    return score;
+    mass[z] = sum, wishes[z] = place - z * units;
   }
 
   // The same of old units, of which only the boxes count: 16 of them make a tile.
   void weigh_boxes() {
     const int64_t end = (groups.back().boxed + LANES - 1) / LANES;
     halves.assign(even * LANES * 2 * dim, 0);
-    std::vector<float> parts(LANES * 2 * dim);
-    for (int64_t z = 0; z < count; ++z) {
-      const float* from = query + (groups[z].head * length + groups[z].begin) * dim;
-      for (int64_t i = 0; i < LANES * dim; ++i) {
-        float* to = &parts[i / dim * 2 * dim + i % dim];
-        to[0] = from[i] > 0 ? from[i] : from[i] < 0 ? 0 : from[i];
-        to[dim] = from[i] > 0 ? 0 : from[i];
-      }
-      pack(parts.data(), 2 * dim, scale, &halves[z * LANES * 2 * dim]);
-    }
+    for (int64_t z = 0; z < count; ++z)
+      pack_queries(queries_of(z), dim, scale, true, some, &halves[z * LANES * 2 * dim]);
     alignas(64) Tile made[2][2];
-    for (int64_t n = 0; n < end; n += 2)
+    for (int64_t n = (end - 1) / 2 * 2; n >= 0; n -= 2)
       for (int64_t z = 0; z < even; z += 2) {
         const bfloat16* at = box + n * LANES * 2 * dim;
         const Packed* half = &halves[z * LANES * 2 * dim];
@@ -353,8 +405,7 @@ struct Task {  // some query blocks of the heads of one KV head
           for (int64_t y = z; y < std::min(z + 2, count); ++y) {
             const int64_t least = (n + i) * LANES;
             const int64_t most = std::min(least + LANES, groups[y].boxed);
-            for (int64_t unit = least; unit < most; ++unit)
-              far[unit * even + y] = counted(made[i][y - z][unit - least], unit, y);
+            weigh(made[i][y - z], least, most, y);
           }
       }
   }
@@ -368,22 +419,18 @@ struct Task {  // some query blocks of the heads of one KV head
     const Group& mine = groups[z];
     Floats bound;
     for (int lane = 0; lane < LANES; ++lane) {
-      const float total =
-          base[z][lane] + std::log(mass[z][lane] + std::exp(near[z][lane] - base[z][lane]));
+      const float total = base[z][lane] + std::log(mass[z][lane]);
       const int32_t own = first[mine.begin + lane];
       bound[lane] = (own == NEVER ? -1 : own) == mine.document ? total + least : -NOTHING;
     }
     int32_t* out = since + (mine.head * blocks + mine.block) * units;
     const int64_t begin = mine.block * rows;
     if (mine.begin == begin) std::fill(out, out + units, NEVER);
-    for (int64_t unit = 0; unit < units; ++unit) {
-      if (unit == mine.before) unit = std::max(mine.after, mine.before);
-      if (unit >= units) break;
-      if (home[unit] != mine.document) continue;
-      const int lane = first_of(far[unit * even + z] > bound);
+    for (int64_t i = z * units; i < z * units + wishes[z]; ++i) {
+      const int lane = first_of(wish[i] > bound);
       if (lane == LANES) continue;
       const int64_t at = prompt ? std::max<int64_t>(begin, mine.document) : mine.begin + lane;
-      out[unit] = std::min(out[unit], int32_t(at));
+      out[wished[i]] = std::min(out[wished[i]], int32_t(at));
     }
   }
 };
@@ -427,7 +474,8 @@ extern "C" void flexdga_openings(
     Task task;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t number = 0; number < parts * heads; ++number) {
-      const int64_t part = parts - 1 - number / heads, head = number % heads;  // the longest first
+      // The longest of a head first, and head after head, whose keys stay in the cache.
+      const int64_t part = parts - 1 - number % parts, head = number / parts;
       task.query = query + head * rep * length * dim;
       task.key = key + head * length * dim;
       task.box = box.data() + head * room * 2 * dim;
@@ -437,7 +485,8 @@ extern "C" void flexdga_openings(
       task.rep = rep, task.length = length, task.blocks = blocks, task.rows = rows;
       task.units = units, task.size = size, task.dim = dim, task.window = window;
       task.known = known, task.segment = segment;
-      task.scale = scale, task.least = least, task.causal = causal, task.prompt = prompt;
+      task.scale = scale, task.least = least, task.share = 0.99f * std::exp(least);
+      task.causal = causal, task.prompt = prompt;
       task.run(part * each, std::min((part + 1) * each, blocks));
     }
   }
@@ -454,7 +503,8 @@ extern "C" void flexdga_best_keys(
 #pragma omp parallel num_threads(sizes[6])
   {
     [[maybe_unused]] Session session;
-    std::vector<float> some(LANES * dim);
+    std::vector<float> rows_of(LANES * dim);
+    std::vector<bfloat16> some;
     std::vector<Packed> packed(2 * LANES * dim);
     alignas(64) Tile made[2][2];
 #pragma omp for schedule(dynamic, 1)
@@ -465,10 +515,10 @@ extern "C" void flexdga_best_keys(
         for (int y = 0; y < 2; ++y) {
           const int64_t from = std::min(row + y * LANES, rows);
           const int64_t to = std::min(from + LANES, rows);
-          std::fill(some.begin(), some.end(), 0.0f);
+          std::fill(rows_of.begin(), rows_of.end(), 0.0f);
           std::copy(query + (head * rows + from) * dim, query + (head * rows + to) * dim,
-                    some.begin());
-          pack(some.data(), dim, scale, &packed[y * LANES * dim]);
+                    rows_of.begin());
+          pack_queries(rows_of.data(), dim, scale, false, some, &packed[y * LANES * dim]);
         }
         for (int64_t unit = first; unit < end; unit += 2 * LANES / std::min(size, 2 * LANES)) {
           Floats best[2][2];

@@ -146,9 +146,7 @@ def test_a_query_opens_the_unit_that_it_needs():
         assert seen[250:256].all() and not seen[240:250].any() and not seen[256:].any()
 
 
-def by_landmarks(
-    queries: torch.Tensor, keys: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def by_landmarks(queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores of a unit: of its landmarks (Q, 4), and by the box around its other keys (Q,)."""
     mean = keys.mean(0)
     order = (keys - mean).norm(dim=1).argsort(descending=True)
@@ -220,9 +218,7 @@ def test_units_open_by_their_keys_and_far_ones_by_boxes(
                 ).unsqueeze(1)
                 columns = [near.masked_fill(unseen, -math.inf)]
                 for units in groups:
-                    found = [
-                        estimate(queries, key[b, h // 2, u * 16 : u * 16 + 16]) for u in units
-                    ]
+                    found = [estimate(queries, key[b, h // 2, u * 16 : u * 16 + 16]) for u in units]
                     score = torch.stack([box for _, box in found]).mean(0)
                     if units[0] >= max(coarse, boxed):
                         best = found[0][0].amax(1)

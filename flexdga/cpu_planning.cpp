@@ -26,7 +26,7 @@ constexpr int64_t TOGETHER = 128;  // queries of a task: keys are read once for 
 constexpr int32_t NEVER = std::numeric_limits<int32_t>::max();
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 constexpr float BEYOND = 60;  // as in opening.py
-constexpr float WHOLE_BOX_SHARE = 0.3f;  // as in estimates.py
+constexpr float WHOLE_BOX_SHARE = 0.35f;  // as in estimates.py
 
 using bfloat16 = uint16_t;
 typedef float Floats __attribute__((vector_size(64)));

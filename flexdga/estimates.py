@@ -27,7 +27,7 @@ LANDMARKS = 4
 BOX_SHARE = 0.225
 """How far the estimate of the others goes from their mean towards the corner of the box around them
 that suits the query best. Both are measured on a real model: bench/RESEARCH.md."""
-WHOLE_BOX_SHARE = 0.3
+WHOLE_BOX_SHARE = 0.35
 """The same of a box around all keys of a unit."""
 
 NEAR: dict[str, int] = {"landmarks": 4096, "exact": 6144}

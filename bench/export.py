@@ -22,6 +22,7 @@ from torch import Tensor
 
 import flexdga
 from flexdga import DGAConfig
+from flexdga.config import BY_LANDMARKS
 from flexdga.static_layout import Layout
 
 from . import hardware, options
@@ -107,8 +108,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0)
     add(
         "--config", nargs="+", default=[], metavar="KEY=VALUE",
-        help="fields of DGAConfig, or preset=NAME. Without them DGAConfig's defaults, but "
-        "dense_below=0",
+        help="fields of DGAConfig, or preset=NAME. Without a preset those of "
+        "auto(.15, open_by='landmarks'), but dense_below=0",
     )  # fmt: skip
     add("--tolerance", type=float, default=TOLERANCE, metavar="X",
         help=f"relative error beyond which the command fails (default {TOLERANCE})")  # fmt: skip
@@ -161,7 +162,7 @@ def _check(a: argparse.Namespace) -> Options:
             f"{','.join(map(str, lengths))}"
         )
     tokens = a.tokens or (QUICK_TOKENS if a.quick else TOKENS)
-    config = options.parse_config(a.config, dense_below=0)
+    config = options.parse_config(a.config, BY_LANDMARKS, dense_below=0)
     return Options(
         model=a.model, attention=tuple(dict.fromkeys(a.attention)), compiled=a.compiled,
         lengths=lengths, tokens=tokens,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import types
 from collections.abc import Callable, Sequence
@@ -80,16 +81,19 @@ def check_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def parse_config(pairs: Sequence[str], **defaults: Any) -> DGAConfig:
+def parse_config(pairs: Sequence[str], base: DGAConfig | None = None, **defaults: Any) -> DGAConfig:
     """The `DGAConfig` that `--config key=value ...` asks for.
 
     Args:
         pairs: `key=value`, the key a field of DGAConfig or `preset` (of `PRESETS`).
-        defaults: fields that differ from DGAConfig's own defaults unless a pair names them.
+        base: what they change, unless a preset is named; None: DGAConfig's own defaults.
+        defaults: fields that differ from these defaults unless a pair names them.
     """
     hints = get_type_hints(DGAConfig)
     kinds = {field.name: hints[field.name] for field in _fields()}
     make: Callable[..., DGAConfig] = DGAConfig
+    if base is not None:
+        make = functools.partial(dataclasses.replace, base)
     changes = dict(defaults)
     for pair in pairs:
         key, equals, text = pair.partition("=")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from flexdga import DGAConfig
-from flexdga.config import PARALLEL
+from flexdga.config import BY_LANDMARKS
 
 from . import hardware, options
 from .errors import UsageError
@@ -184,9 +184,7 @@ def _check(a: argparse.Namespace) -> Options:
     shape, given = given_shape(a)
     shape.check()
     options.check_outputs(a.json, None, None)
-    preset = any(pair.startswith("preset=") for pair in a.config)
-    plain = {} if preset else options.non_default_fields(PARALLEL)
-    config = options.parse_config(a.config, **(plain | {"dense_below": 0}))
+    config = options.parse_config(a.config, BY_LANDMARKS, dense_below=0)
     assert config.dense_below is not None
     if a.length < config.dense_below:
         raise UsageError(

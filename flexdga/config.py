@@ -91,11 +91,12 @@ class DGAConfig:
             open it, in [0, 1).
         open_by: how that share is estimated. `exact`: from the best of the unit's keys, for which
             all scores are computed, in bfloat16; it opens what is needed and little else, and on
-            CPU it is the fastest up to some 40000 tokens. `landmarks`, for GPUs, longer texts and
-            `flexdga.parallel`: from the four of the unit's keys that lie farthest from their mean,
-            and the smallest box around the others, 6/`block_size[1]` of that arithmetic; units more
-            than 4096 to 6144 tokens away by the box alone (the box after Quest, arXiv 2406.10774;
-            the rest is flexdga's choice). `auto` knows good blocks and shares for either.
+            CPU it is the fastest. `landmarks`, for GPUs, exports and `flexdga.parallel`: from the
+            four of the unit's keys that lie farthest from their mean, and the smallest box around
+            the others, 6/`block_size[1]` of that arithmetic. In causal attention either knows
+            units far away by a box alone, `landmarks` those more than 4096 to 6144 tokens away,
+            `exact` those beyond 6144 to 8192 (the box after Quest, arXiv 2406.10774; the rest is
+            flexdga's choice). `auto` knows good blocks and shares for either.
         coarse_beyond: a query with more tokens than this to open from weighs and opens units by
             themselves in the last quarter of so many, and sixteen at a time before that, by the
             mean of their estimates, so that planning hardly grows with the length: 8192, for
@@ -423,8 +424,8 @@ class DGAConfig:
         derive("focal_per_step", per_step)
 
 
-PARALLEL = DGAConfig.auto(0.15, open_by="landmarks")
-"""The default of `flexdga.parallel`: by `exact` the keys of all ranks would travel."""
+BY_LANDMARKS = DGAConfig.auto(0.15, open_by="landmarks")
+"""The default of `flexdga.parallel`, for by `exact` the keys of all ranks would travel."""
 
 LayerRule = Callable[[int], DGAConfig | None]
 """The configuration of each layer by its number; None leaves a layer dense."""

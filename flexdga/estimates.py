@@ -85,7 +85,7 @@ def _landmarks_and_box(units: Tensor) -> Tensor:
 
 def boxes(key: Tensor, config: DGAConfig) -> Tensor:
     """(B, Hkv, N, 2D) bfloat16, around all keys of each of the units (B, Hkv, N·U, D)."""
-    units = key.bfloat16().float().unflatten(2, (-1, config.block_size[1]))
+    units = in_bfloat16(key).float().unflatten(2, (-1, config.block_size[1]))
     middle = units.mean(3)
     corners = (torch.lerp(middle, x, WHOLE_BOX_SHARE) for x in (units.amax(3), units.amin(3)))
     return torch.cat([*corners], -1).bfloat16()
@@ -149,7 +149,7 @@ def _best_of_keys(query: Tensor, key: Tensor, config: DGAConfig, scale: float) -
     if not torch.compiler.is_compiling() and decides(query, config):
         best = best_keys_on_cpu(query, key.bfloat16(), config=config, scale=scale)
         return best.view(batch, kv_heads, -1, best.shape[-1])
-    rows = in_matrices((query * scale).bfloat16(), kv_heads)
+    rows = in_matrices(in_bfloat16(query * scale), kv_heads)
     if query.shape[2] == 1:  # keys are rows here, so that none need be moved
         return products(key.bfloat16(), rows).unflatten(2, (-1, size)).amax(3).mT
     return best_keys(rows, by_place(key, size))
@@ -180,7 +180,7 @@ def near_log_scores(
         scale: of the scores.
     """
     rows = _signed_rows(query, box, scale)
-    whole = in_matrices((query * scale).bfloat16(), box.shape[1])
+    whole = in_matrices(in_bfloat16(query * scale), box.shape[1])
     return best_landmarks(rows, whole, box, landmarks), rows
 
 
@@ -226,8 +226,8 @@ def _of_few(rows: Tensor, units: Tensor, dim: int) -> tuple[Tensor, Tensor | Non
     halves = rows.unflatten(-1, (2, dim)).flatten(-3, -2).float()
     score = (halves @ vectors.mT).unflatten(-2, (-1, 2))
     above, below = score.unflatten(-1, (units.shape[-2], -1)).unbind(-3)
-    box = (above[..., 0] + below[..., 1]).bfloat16()
-    return box, (above[..., 2:] + below[..., 2:]).amax(-1).bfloat16()
+    box = in_bfloat16(above[..., 0] + below[..., 1])
+    return box, in_bfloat16((above[..., 2:] + below[..., 2:]).amax(-1))
 
 
 def box_of(features: Tensor, dim: int) -> Tensor:
@@ -256,7 +256,7 @@ def query_features(query: Tensor, scale: float) -> Tensor:
 
     q·corner = Σ max(q_d high_d, q_d low_d), the corner being the best one for this query.
     """
-    rows = (query * scale).bfloat16()
+    rows = in_bfloat16(query * scale)
     return torch.cat([rows.clamp(min=0), rows.clamp(max=0)], -1)
 
 
@@ -281,5 +281,17 @@ def products(rows: Tensor, units: Tensor) -> Tensor:
     """(..., R, N) bfloat16 of bfloat16 rows and units, or of units of such numbers in float32."""
     in_float32 = rows.device.type == "cpu" and not BFLOAT16_ON_CPU
     if in_float32 or units.dtype == torch.float32:
-        return (rows.float() @ units.float().mT).bfloat16()
+        return in_bfloat16(rows.float() @ units.float().mT)
     return rows @ units.mT
+
+
+def in_bfloat16(x: Tensor) -> Tensor:
+    """`x.bfloat16()`, even where a compiler would keep more bits.
+
+    On CPU Inductor (torch 2.13) leaves out a rounding where float32 numbers follow in its kernel.
+    """
+    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype == torch.float32:
+        bits = x.view(torch.int32)
+        even = (bits + 0x7FFF + ((bits >> 16) & 1)) & -(1 << 16)
+        x = torch.where(x == x, even.view(torch.float32), x)
+    return x.bfloat16()

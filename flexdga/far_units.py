@@ -19,6 +19,7 @@ from flexdga.estimates import (
     box_of,
     boxes,
     far_log_mass,
+    in_bfloat16,
     in_matrices,
     products,
     unit_documents,
@@ -360,9 +361,9 @@ def raw_scores(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> Tensor
         scale: of the scores.
     """
     batch, heads, count, _ = query.shape
-    rows = in_matrices((query * scale).bfloat16(), key.shape[1])
+    rows = in_matrices(in_bfloat16(query * scale), key.shape[1])
     # In float32: on CPU products of few bfloat16 rows are slow, and each new shape of them more so.
-    score = products(rows, key.bfloat16().float())
+    score = products(rows, in_bfloat16(key).float())
     score = score.view(batch, key.shape[1], heads // key.shape[1], count, key.shape[2])
     return (score + bias[:, :, None]).flatten(1, 2)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flexdga.coarse import Columns, column_log_mass
 from flexdga.config import DGAConfig
-from flexdga.estimates import Units, far_log_mass, products, units_beyond
+from flexdga.estimates import Units, far_log_mass, in_bfloat16, products, units_beyond
 from flexdga.indexing import stored, stored_mask
 from flexdga.plan import NEVER
 
@@ -77,7 +77,7 @@ def near_log_mass(
     # No -1 among sizes: a compiler would divide to find it, in the middle of its loops.
     q_BGRTID = query.view(batch, kv_heads, rep, blocks, rows, head_dim)
     q_BGTXD = q_BGRTID.transpose(2, 3).reshape(batch, kv_heads, blocks, rep * rows, head_dim)
-    score = products((q_BGTXD * scale).bfloat16(), around.near_key).float()
+    score = products(in_bfloat16(q_BGTXD * scale), around.near_key).float()
     score = score.view(batch, kv_heads, blocks, rep, rows, width)
 
     same = around.near == around.document.amax(-1, keepdim=True)  # (B, 1, T, W)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from torch import nn
 
-from flexdga.config import PARALLEL, DGAConfig, LayerRule
+from flexdga.config import BY_LANDMARKS, DGAConfig, LayerRule
 from flexdga.plain import unwrap_plain, wrap_plain
 from flexdga.report import LayerReport, Report
 
@@ -76,7 +76,7 @@ def wrap(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if config is None:
-        config = DGAConfig() if mesh is None else PARALLEL
+        config = DGAConfig() if mesh is None else BY_LANDMARKS
     if not isinstance(config, DGAConfig):
         raise TypeError(f"config: expected a DGAConfig, got {type(config).__name__}")
     if getattr(model, _ATTRIBUTE, None) is not None:

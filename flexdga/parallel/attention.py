@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flexdga.attention import _as_autocast, _without_autocast
 from flexdga.checks import check_documents, check_inputs
-from flexdga.config import PARALLEL, DGAConfig
+from flexdga.config import BY_LANDMARKS, DGAConfig
 from flexdga.cost_model import dense_below
 from flexdga.cpu_backward import wants_gradient
 from flexdga.parallel.decoding import ShardedCache
@@ -77,7 +77,7 @@ def parallel_attention(
     """
     if not isinstance(shards, Shards):
         raise TypeError(f"shards: expected Shards, got {type(shards).__name__}")
-    config = PARALLEL if config is None else config
+    config = BY_LANDMARKS if config is None else config
     if not isinstance(config, DGAConfig):
         raise TypeError(f"config: expected a DGAConfig, got {type(config).__name__}")
     query, key, value = _as_autocast(query, key, value)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from flexdga.config import PARALLEL, DGAConfig
+from flexdga.config import BY_LANDMARKS, DGAConfig
 from flexdga.handover import lookahead
 from flexdga.parallel.collectives import all_gather
 from flexdga.parallel.failures import watched
@@ -62,7 +62,7 @@ class Shards:
         if length < 1:
             raise ValueError(f"length: expected at least 1, got {length}")
         if config is None:
-            config = PARALLEL
+            config = BY_LANDMARKS
         configs = [config] if isinstance(config, DGAConfig) else list(config)
         for one in configs:
             if not isinstance(one, DGAConfig):

@@ -1,0 +1,42 @@
+"""Estimates inside a compiler are those outside of it."""
+
+from __future__ import annotations
+
+import torch
+from helpers import qkv
+
+from flexdga import DGAConfig, estimates
+from flexdga.estimates import far_log_mass, in_bfloat16, unit_features
+from flexdga.far_units import raw_scores
+
+LANDMARKS = DGAConfig(open_by="landmarks", block_size=(32, 32), unit_size=32)
+EXACT = DGAConfig()
+
+
+def test_estimates_of_a_decode_step_are_rounded_inside_a_compiler_too(monkeypatch):
+    """Inductor leaves out roundings to bfloat16 on CPU: without them every number differs."""
+    monkeypatch.setitem(estimates.NEAR, "exact", 128)
+    monkeypatch.setattr(estimates, "SEGMENT", 128)
+    query, key, _ = qkv(2, 4, 2, 640, 64)
+    query, beyond = query[:, :, :1], torch.tensor([24], dtype=torch.int32)
+    features = unit_features(key, LANDMARKS)
+
+    def step(query, key, features):
+        return [
+            far_log_mass(query, features.float(), LANDMARKS, 1 / 8),
+            far_log_mass(query, key.bfloat16(), EXACT, 1 / 8, beyond),
+            raw_scores(query, key, torch.zeros(1, 1, 1, 640), 1 / 8),
+        ]
+
+    with torch.no_grad():
+        inside, outside = torch.compile(step)(query, key, features), step(query, key, features)
+    for got, want in zip(inside, outside, strict=True):
+        assert (got != want).float().mean() < 0.02  # ties after sums in another order
+        assert (got - want).abs().max() < 0.05
+
+
+def test_rounding_in_a_compiler_is_that_of_bfloat16():
+    numbers = torch.cat([torch.randn(1000), torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 3e38])])
+    numbers = torch.cat([numbers, numbers * 1e-30, torch.tensor([torch.nan])])
+    got = torch.compile(lambda x: in_bfloat16(x).float() * 1.0)(numbers)
+    torch.testing.assert_close(got, numbers.bfloat16().float(), rtol=0, atol=0, equal_nan=True)

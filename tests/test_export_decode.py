@@ -205,7 +205,7 @@ def test_what_another_process_does_not_know_is_compiled_in_this_one(tmp_path, ca
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["landmarks", "groups"])
+@pytest.mark.parametrize("name", ["openings", "landmarks", "groups"])
 def test_a_package_of_other_configs_generates_the_models_tokens(name, tmp_path):
     model = llama(CONFIGS[name], layers=1)
     path = flexdga.export(model, tokens(1, 100), tmp_path / "model.pt2", decode=CAPACITY)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,17 @@ def library(name: str) -> Any:
     from torch._inductor.codecache import CppCodeCache
 
     try:
-        made = CppCodeCache.load((FOLDER / f"{name}.cpp").read_text())
+        made = CppCodeCache.load(source(name))
     except Exception as error:  # of whatever compiler there is
         warn_once(f"flexdga: {name}.cpp did not compile, so planning is slower: {error}")
         return None
     return made if made.flexdga_ready() else None
+
+
+def source(name: str) -> str:
+    """NAME.cpp, with what it includes of this folder in its place."""
+    text = (FOLDER / f"{name}.cpp").read_text()
+    return re.sub(r'#include "(.*)"', lambda found: (FOLDER / found[1]).read_text(), text)
 
 
 def call(name: str, function: str, *arguments: Any) -> None:

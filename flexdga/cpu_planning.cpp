@@ -1,191 +1,19 @@
 // What cpu_planning.py calls: openings by exact estimates.
-//
-// A vector holds a number of each of 16 queries, so that nothing is ever summed up
-// across one.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <vector>
 
-#if defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__)
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#define AMX 1
-#else
-#define AMX 0
-#endif
+#include "cpu_tiles.h"
 
 namespace {
 
-constexpr int64_t LANES = 16;
 constexpr int64_t TOGETHER = 128;  // queries of a task: keys are read once for all of them
 constexpr int32_t NEVER = std::numeric_limits<int32_t>::max();
-constexpr float NOTHING = -std::numeric_limits<float>::infinity();
-constexpr float BEYOND = 60;  // as in opening.py
+constexpr float BEYOND = 60;              // as in opening.py
 constexpr float WHOLE_BOX_SHARE = 0.35f;  // as in estimates.py
-
-using bfloat16 = uint16_t;
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Bits __attribute__((vector_size(64)));
-using Tile = Floats[LANES];  // scores of 16 keys
-
-inline Floats all(float x) { return x - Floats{}; }
-
-inline Floats larger(Floats a, Floats b) {
-#if AMX
-  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
-#else
-  return a > b ? a : b;
-#endif
-}
-
-inline Floats largest(const Tile& scores) {  // of its keys
-  Floats best = scores[0], other = scores[1];  // two at a time, for neither waits for the other
-  for (int64_t j = 2; j < LANES; j += 2) {
-    best = larger(best, scores[j]);
-    other = larger(other, scores[j + 1]);
-  }
-  return larger(best, other);
-}
-
-inline int first_of(Ints where) {  // of the lanes that are not zero; LANES if all are
-#if AMX
-  const uint32_t mask = _mm512_test_epi32_mask((__m512i)where, (__m512i)where);
-  return mask ? __builtin_ctz(mask) : LANES;
-#else
-  int lane = 0;
-  while (lane < LANES && !where[lane]) ++lane;
-  return lane;
-#endif
-}
-
-inline Floats rounded(Floats x) {  // to bfloat16
-  Bits bits = (Bits)x;
-  bits += 0x7fffu + ((bits >> 16) & 1u);
-  return (Floats)(bits & 0xffff0000u);
-}
-
-inline bfloat16 to_bfloat16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-
-inline float to_float(bfloat16 x) {
-  const uint32_t bits = uint32_t(x) << 16;
-  float y;
-  std::memcpy(&y, &bits, 4);
-  return y;
-}
-
-inline Floats exponential(Floats x) {  // to 2e-5; of numbers up to 80
-  x = larger(x, all(-87));
-  const Floats number = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest integer
-  const Floats rest = x - number * 0.69314718f;  // |rest| < 0.35
-  Floats y = rest * 0.0416666f + 0.1666666f;
-  y = y * rest + 0.5f;
-  y = y * rest + 1.0f;
-  y = y * rest + 1.0f;
-  return (Floats)((Ints)y + (__builtin_convertvector(number, Ints) << 23));
-}
-
-#if AMX
-
-using Packed = bfloat16;  // pairs of numbers, of 16 queries side by side
-
-inline void to_bfloat16s(const float* from, int64_t count, float scale, bfloat16* to) {
-  for (int64_t i = 0; i < count; i += LANES) {
-    const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(from + i), _mm512_set1_ps(scale));
-    _mm256_storeu_si256((__m256i*)(to + i), (__m256i)_mm512_cvtneps_pbh(x));
-  }
-}
-
-struct Session {  // of a thread that multiplies tiles
-  Session() {
-    struct alignas(64) {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t bytes[16] = {};
-      uint8_t rows[16] = {};
-    } tiles;
-    for (int i = 0; i < 8; ++i) tiles.bytes[i] = 64, tiles.rows[i] = 16;
-    _tile_loadconfig(&tiles);
-  }
-  ~Session() { _tile_release(); }
-};
-
-inline void pack(const bfloat16* query, int64_t dim, Packed* to) {
-  const uint32_t* pairs = (const uint32_t*)query;
-  uint32_t* out = (uint32_t*)to;
-  const Ints step = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const __m512i rows = (__m512i)(step * int32_t(dim / 2));
-  for (int64_t pair = 0; pair < dim / 2; ++pair)
-    _mm512_storeu_si512(out + pair * LANES, _mm512_i32gather_epi32(rows, pairs + pair, 4));
-}
-
-// Scores of 16 and 16 keys, by 16 and 16 queries.
-inline void multiply(
-    const bfloat16* key0, const bfloat16* key1, const Packed* query0, const Packed* query1,
-    int64_t dim, Tile (*out)[2]) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t d = 0; d < dim; d += 32) {
-    _tile_loadd(4, key0 + d, dim * 2);
-    _tile_loadd(6, query0 + d * LANES, 64);
-    _tile_loadd(5, key1 + d, dim * 2);
-    _tile_loadd(7, query1 + d * LANES, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, out[0][0], 64);
-  _tile_stored(1, out[0][1], 64);
-  _tile_stored(2, out[1][0], 64);
-  _tile_stored(3, out[1][1], 64);
-}
-
-#else
-
-using Packed = float;
-
-inline void to_bfloat16s(const float* from, int64_t count, float scale, bfloat16* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = to_bfloat16(from[i] * scale);
-}
-
-struct Session {};
-
-inline void pack(const bfloat16* query, int64_t dim, Packed* to) {
-  for (int64_t d = 0; d < dim; ++d)
-    for (int64_t lane = 0; lane < LANES; ++lane)
-      to[d * LANES + lane] = to_float(query[lane * dim + d]);
-}
-
-inline void multiply(
-    const bfloat16* key0, const bfloat16* key1, const Packed* query0, const Packed* query1,
-    int64_t dim, Tile (*out)[2]) {
-  for (int tile = 0; tile < 2; ++tile)
-    for (int group = 0; group < 2; ++group)
-      for (int64_t first = 0; first < LANES; first += 8) {  // as many sums as there are registers
-        const bfloat16* key = (tile ? key1 : key0) + first * dim;
-        const Packed* query = group ? query1 : query0;
-        Floats sum[8] = {};
-        for (int64_t d = 0; d < dim; ++d) {
-          Floats x;
-          std::memcpy(&x, query + d * LANES, sizeof x);
-          for (int j = 0; j < 8; ++j) sum[j] += to_float(key[j * dim + d]) * x;
-        }
-        std::copy(sum, sum + 8, out[tile][group] + first);
-      }
-}
-
-#endif
 
 // Scaled numbers of 16 queries as tiles take them; with signs, positive and negative parts apart.
 inline void pack_queries(

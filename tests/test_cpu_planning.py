@@ -25,7 +25,7 @@ def portable(name):
     """The same source without tiles."""
     from torch._inductor.codecache import CppCodeCache
 
-    return CppCodeCache.load("#undef __AMX_BF16__\n" + (cpp.FOLDER / f"{name}.cpp").read_text())
+    return CppCodeCache.load("#undef __AMX_BF16__\n" + cpp.source(name))
 
 
 def opened(monkeypatch, library, *inputs, **arguments) -> torch.Tensor:

@@ -20,6 +20,7 @@ from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from torch._inductor.codegen.wrapper import EnterSubgraphLine, ExitSubgraphLine
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.post_grad import view_to_reshape
+from torch._inductor.graph import GraphLowering, SubgraphLowering
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from flexdga.repeats import REGION, Known, Piece, callable_pieces, is_view, look
@@ -47,6 +48,7 @@ def unfolding(known: Known, table: Mapping[Any, Any]) -> Iterator[None]:
         patch.dict(select_decomp_table(), table),
         patch.object(compile_fx, "_recursive_post_grad_passes", passes),
         patch.object(CppWrapperCpu, "codegen_invoke_subgraph", _invoke),
+        patch.object(SubgraphLowering, "allocate_non_dup_const_name", _constant),
     ):
         yield
 
@@ -98,6 +100,17 @@ def _separate(graph: fx.Graph) -> None:
         roots.add(root)
         results.append(x)
     output.args = (results,)
+
+
+def _constant(self: Any, name: str | None, data: torch.Tensor) -> str:
+    """A constant that lowering makes is the whole program's: C++ of it names no other."""
+    root = self
+    while isinstance(root, SubgraphLowering):
+        root = root.parent
+    made: str = GraphLowering.allocate_non_dup_const_name(root, name, data)
+    for table in ("constants", "constant_reprs", "allocated_constant_name"):
+        getattr(self, table)[made] = getattr(root, table)[made]
+    return made
 
 
 def _invoke(self: Any, call: Any) -> None:

@@ -117,3 +117,24 @@ def test_a_package_of_layers_changes_its_state(tmp_path: Path) -> None:
             torch.testing.assert_close(run(*given), model(*alike))
         for x, y in zip(given[2:], alike[2:]):
             torch.testing.assert_close(x, y)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_constants_of_a_lowering_are_the_packages(tmp_path: Path) -> None:
+    """The int4 kernel takes its group size as a constant, which Inductor makes in a call."""
+    transformers = pytest.importorskip("transformers")
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+    from torchao.quantization import quantize_
+
+    sizes = transformers.LlamaConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(sizes).eval()
+    flexdga.wrap(model, flexdga.DGAConfig.streaming_llm(window=32, scope="causal"))
+    quantize_(model, PrototypeInt4WeightOnlyConfig(group_size=64))
+    path = flexdga.export(model, torch.randint(512, (2, 70)), tmp_path / "int4.pt2")
+    tokens = torch.randint(512, (1, 90))
+    want = model(tokens, use_cache=False).logits
+    torch.testing.assert_close(flexdga.load(path)(tokens), want, rtol=1e-3, atol=1e-3)

@@ -67,6 +67,8 @@ Asked = dict[tuple[int, int], tuple[Tensor, Tensor]]
 """By length and batch: a prompt (B, L), and the tokens (B, T) that follow it."""
 Answers = dict[tuple[int, int], Tensor]
 """By length and batch: logits (B, 1 + T, vocabulary)."""
+Errors = dict[tuple[str, int], list[float]]
+"""By method and length: of each token of all batches."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +231,7 @@ def _measure(
     }
     ways: list[Way] = []
     made: list[Made] = []
-    errors: dict[tuple[str, int], list[float]] = {}
+    errors: Errors = {}
     for attention in chosen.attention:
         config = chosen.config if attention == DGA else DGAConfig.dense()
         name, path = SHOWN[attention], folder / f"{attention}.pt2"
@@ -244,14 +246,9 @@ def _measure(
             stages.end()
         stages.begin(f"{name}: check")
         want = _answers(python, asked)
-        answers = _answers_elsewhere(path, asked)
-        for length, batch in asked:
-            of_tokens = token_errors(answers[length, batch], want[length, batch])
-            errors.setdefault((package.name, length), []).extend(of_tokens)
+        _note(errors, package.name, _answers_elsewhere(path, asked), want)
         with _last_bit(model):
-            for at, answer in _answers(python, asked).items():
-                of_tokens = token_errors(answer, want[at])
-                errors.setdefault((python.name, at[0]), []).extend(of_tokens)
+            _note(errors, python.name, _answers(python, asked), want)
         stages.end()
         ways += [package, python]
         if chosen.compiled:
@@ -261,8 +258,7 @@ def _measure(
             made.append(of_compile)
             # Of one row alone: more would be compiled anew.
             rows_of_one = {at: asked[at] for at in asked if at[1] == BATCHES[0]}
-            for at, answer in _answers(way, rows_of_one).items():
-                errors[way.name, at[0]] = token_errors(answer, want[at])
+            _note(errors, way.name, _answers(way, rows_of_one), want)
             stages.end()
             ways.append(way)
     rows: list[ExportRow] = []
@@ -314,6 +310,12 @@ def _answers(way: Way, asked: Asked) -> Answers:
     return found
 
 
+def _note(errors: Errors, name: str, got: Answers, want: Answers) -> None:
+    for (length, batch), answer in got.items():
+        of_tokens = token_errors(answer, want[length, batch])
+        errors.setdefault((name, length), []).extend(of_tokens)
+
+
 def token_errors(got: Tensor, want: Tensor) -> list[float]:
     """Relative errors (Frobenius norms) of the logits (B, T, vocabulary) of each token.
 
@@ -326,7 +328,7 @@ def token_errors(got: Tensor, want: Tensor) -> list[float]:
 
 def _at_length(
     length: int, tokens: Tensor, following: Tensor, ways: list[Way],
-    errors: dict[tuple[str, int], list[float]],
+    errors: Errors,
 ) -> list[ExportRow]:  # fmt: skip
     """Prompts in turn, then the tokens that follow in turn; the first of each is not counted."""
     states: dict[str, Any] = {}

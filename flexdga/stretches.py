@@ -214,7 +214,7 @@ class _Features:
     """
 
     def __init__(self, units: Units, config: DGAConfig, run: Run) -> None:
-        self.config, self.run = config, run
+        self.run = run
         self._features, self._dim = units.key, units.key.shape[3] // (2 + LANDMARKS)
         self._near: tuple[int, int] = (0, 0)  # the units that these are of:
         self._box = self._landmarks = units.key

@@ -59,7 +59,7 @@ class Units(NamedTuple):
 def unit_features(key: Tensor, config: DGAConfig) -> Tensor:
     """Features of whole units of keys (B, Hkv, N·U, D), as `Units.key`."""
     if config.open_by == "exact":
-        return key.bfloat16()
+        return in_bfloat16(key)
     units = key.float().unflatten(2, (-1, config.block_size[1]))
     if torch.compiler.is_compiling() or key.device.type != "cpu":
         return _landmarks_and_box(units)
@@ -80,7 +80,7 @@ def _landmarks_and_box(units: Tensor) -> Tensor:
     middle = (number * mean.squeeze(3) - landmarks.sum(3)) / (number - LANDMARKS)
     high = torch.lerp(middle, others.amax(3), BOX_SHARE)
     low = torch.lerp(middle, others.amin(3), BOX_SHARE)
-    return torch.cat([high, low, landmarks.flatten(3)], -1).bfloat16()
+    return in_bfloat16(torch.cat([high, low, landmarks.flatten(3)], -1))
 
 
 def boxes(key: Tensor, config: DGAConfig) -> Tensor:
@@ -88,7 +88,7 @@ def boxes(key: Tensor, config: DGAConfig) -> Tensor:
     units = in_bfloat16(key).float().unflatten(2, (-1, config.block_size[1]))
     middle = units.mean(3)
     corners = (torch.lerp(middle, x, WHOLE_BOX_SHARE) for x in (units.amax(3), units.amin(3)))
-    return torch.cat([*corners], -1).bfloat16()
+    return in_bfloat16(torch.cat([*corners], -1))
 
 
 def unit_documents(first: Tensor, config: DGAConfig) -> Tensor:
@@ -151,7 +151,7 @@ def _best_of_keys(query: Tensor, key: Tensor, config: DGAConfig, scale: float) -
         return best.view(batch, kv_heads, -1, best.shape[-1])
     rows = in_matrices(in_bfloat16(query * scale), kv_heads)
     if query.shape[2] == 1:  # keys are rows here, so that none need be moved
-        return products(key.bfloat16(), rows).unflatten(2, (-1, size)).amax(3).mT
+        return products(in_bfloat16(key), rows).unflatten(2, (-1, size)).amax(3).mT
     return best_keys(rows, by_place(key, size))
 
 
@@ -263,7 +263,7 @@ def query_features(query: Tensor, scale: float) -> Tensor:
 def by_place(key: Tensor, size: int) -> Tensor:
     """(B, G, U, N, D) bfloat16 of (B, G, N·U, D): the first keys of all units, the second, ..."""
     number = key.shape[2] // size
-    return key.unflatten(2, (number, size)).transpose(2, 3).bfloat16().contiguous()
+    return in_bfloat16(key).unflatten(2, (number, size)).transpose(2, 3).contiguous()
 
 
 def best_keys(rows: Tensor, key: Tensor) -> Tensor:
@@ -290,7 +290,8 @@ def in_bfloat16(x: Tensor) -> Tensor:
 
     On CPU Inductor (torch 2.13) leaves out a rounding where float32 numbers follow in its kernel.
     """
-    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype == torch.float32:
+    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype != torch.bfloat16:
+        x = x.float()
         bits = x.view(torch.int32)
         even = (bits + 0x7FFF + ((bits >> 16) & 1)) & -(1 << 16)
         x = torch.where(x == x, even.view(torch.float32), x)

@@ -131,7 +131,7 @@ def surroundings(
     at = begin[:, None] - span + torch.arange(width, dtype=torch.int32, device=key.device)
     too_near = (at >= before[:, None] * size) & (at < after[:, None] * size)
     near = torch.where(too_near, windows(first[:, None], OUTSIDE), OUTSIDE)
-    return QueryBlocks(begin, before, after, document, near, windows(key.bfloat16(), 0))
+    return QueryBlocks(begin, before, after, document, near, windows(in_bfloat16(key), 0))
 
 
 def near_span(config: DGAConfig) -> int:

@@ -35,6 +35,22 @@ def test_estimates_of_a_decode_step_are_rounded_inside_a_compiler_too(monkeypatc
         assert (got - want).abs().max() < 0.05
 
 
+def test_units_are_rounded_inside_a_compiler_where_products_are_in_float32(monkeypatch):
+    """So they are on CPUs without bfloat16 products, where the rounding could be left out."""
+    monkeypatch.setattr(estimates, "BFLOAT16_ON_CPU", False)
+    query, key, _ = qkv(1, 2, 1, 256, 64)
+
+    def estimate(query, key):
+        by_landmarks = far_log_mass(query, unit_features(key, LANDMARKS), LANDMARKS, 1 / 8)
+        return by_landmarks, far_log_mass(query, unit_features(key, EXACT), EXACT, 1 / 8)
+
+    with torch.no_grad():
+        inside, outside = torch.compile(estimate)(query, key), estimate(query, key)
+    for got, want in zip(inside, outside, strict=True):
+        assert (got != want).float().mean() < 0.02
+        assert (got - want).abs().max() < 0.05
+
+
 def test_rounding_in_a_compiler_is_that_of_bfloat16():
     numbers = torch.cat([torch.randn(1000), torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 3e38])])
     numbers = torch.cat([numbers, numbers * 1e-30, torch.tensor([torch.nan])])

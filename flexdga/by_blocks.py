@@ -26,7 +26,7 @@ from flexdga.indexing import take_rows
 from flexdga.plan import NEVER, Plan, with_null_slot
 from score_mods import ScoreMod, is_elementwise, needs_null_slot
 
-SCORES = 1 << 18
+SCORES = 1 << 20
 """Scores that are held at a time."""
 HIDDEN = -1e30
 """The score of what a query does not see. Finite: a row of nothing else stays a number."""
@@ -219,7 +219,7 @@ class Pass:
         """What some query blocks add to the gradients."""
         made = self._scores(blocks)
         d_out = self._of_rows(grad, blocks.row).to(self.wide).masked_fill(made.blind, 0)
-        d_share = torch.cat([d_out @ v.mT for v in made.values], -1)
+        d_share = _joined([d_out @ v.mT for v in made.values if v.shape[1]])
         d_score = torch._softmax_backward_data(d_share, made.share, -1, self.wide)
         del d_share
         for i, share in enumerate(_split(made.share, made.values)):
@@ -278,7 +278,7 @@ class Pass:
             [_taken(t, i, len(query)).to(self.wide) for t, i in zip(section, blocks.places)]
             for section in (self.keys, self.values)
         )
-        score = torch.cat([query @ k.mT for k in keys], -1)
+        score = _joined([query @ k.mT for k in keys if k.shape[1]])
         raw = modified = None
         if self.choices.score_mod is not None:
             raw = score.requires_grad_()
@@ -288,11 +288,12 @@ class Pass:
         if self.bias is not None:
             bias = _taken(self.bias, blocks.places[1], len(query)).mT
             score[..., score.shape[-1] - bias.shape[-1] :] += bias
-        sees = self._sees(blocks)
+        for part, hidden in zip(_split(score, keys), self._hidden(blocks)):
+            part.masked_fill_(hidden, HIDDEN)
         if modified is not None:
-            sees &= score > HIDDEN  # a mod may hide more, by -inf
-        share = torch.softmax(score.masked_fill_(~sees, HIDDEN), -1)
-        return _Scores(query, keys, values, share, ~sees.any(-1, keepdim=True), raw, modified)
+            score = score.clamp_(min=HIDDEN)  # a mod may hide more, by -inf
+        blind = score.amax(-1, keepdim=True) <= HIDDEN
+        return _Scores(query, keys, values, torch.softmax(score, -1), blind, raw, modified)
 
     def _modified(self, score: Tensor, mod: ScoreMod, blocks: _Blocks) -> Tensor:
         """The user's score mod over (n, I, S) scores, at the slots' positions."""
@@ -306,26 +307,26 @@ class Pass:
         with TransformGetItemToIndex():
             return torch.vmap(mod)(*flat).view(score.shape)
 
-    def _sees(self, blocks: _Blocks) -> Tensor:
-        """(n, I, (R+P)·J) bool: which slots each query sees, as `block_mask._mask_mod` says."""
+    def _hidden(self, blocks: _Blocks) -> tuple[Tensor, Tensor]:
+        """(n, I, R·J) and (n, I, P·J) bool: what queries do not see, as `block_mask._mask_mod`."""
         query, count = blocks.query[..., None], len(blocks.row)
         start, end = (
             [_taken(t, i, count).mT for t, i in zip(section, blocks.places)]
             for section in (self.start, self.end)
         )
-        raw, other = ((s <= query) & (query < e) for s, e in zip(start, end))
+        raw, other = ((s > query).bitwise_or_(query >= e) for s, e in zip(start, end))
         if self.plan.open is None:
-            return torch.cat([raw, other], -1)
+            return raw, other
         size = self.choices.block_size[1]
         since = self.plan.open.flatten(0, 2)[blocks.row]
         # Padding sees nothing, whatever its block opens: its own raw slot never starts.
         own = self.own[blocks.row]
         awake = torch.where(own <= blocks.query, blocks.query, -1)[..., None]
-        opened = (since.gather(1, blocks.seen[0])[:, None] <= awake).repeat_interleave(size, -1)
+        closed = since.gather(1, blocks.seen[0])[:, None] > awake
+        raw.view(*closed.shape, size).bitwise_and_(closed[..., None])
         home = _taken(self.position[1], blocks.places[1], count)[..., 0] // size
         opens = since.gather(1, home.clamp(min=0).long()).masked_fill(home < 0, NEVER)
-        hidden = opens[:, None] <= awake
-        return torch.cat([raw | opened, other & ~hidden], -1)
+        return raw, other.bitwise_or_(opens[:, None] <= awake)
 
     def _of_rows(self, x: Tensor, row: Tensor) -> Tensor:
         """The query blocks (n, I, D) of (B, H, L, D), whatever its strides."""
@@ -351,6 +352,11 @@ def _taken(blocks: Tensor, index: Tensor, count: int) -> Tensor:
 def _sections(x: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """(B, G, S) split into raw tokens and other slots."""
     return x[..., :length], x[..., length:]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """(n, I, S) of its sections."""
+    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
 
 def _split(x: Tensor, keys: Sequence[Tensor]) -> tuple[Tensor, ...]:

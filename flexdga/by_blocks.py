@@ -26,7 +26,7 @@ from flexdga.indexing import take_rows
 from flexdga.plan import NEVER, Plan, with_null_slot
 from score_mods import ScoreMod, is_elementwise, needs_null_slot
 
-SCORES = 1 << 20
+SCORES = 1 << 19
 """Scores that are held at a time."""
 HIDDEN = -1e30
 """The score of what a query does not see. Finite: a row of nothing else stays a number."""

@@ -291,7 +291,7 @@ class Pass:
         for part, hidden in zip(_split(score, keys), self._hidden(blocks)):
             part.masked_fill_(hidden, HIDDEN)
         if modified is not None:
-            score = score.clamp_(min=HIDDEN)  # a mod may hide more, by -inf
+            score.clamp_(min=HIDDEN)  # a mod may hide more, by -inf
         blind = score.amax(-1, keepdim=True) <= HIDDEN
         return _Scores(query, keys, values, torch.softmax(score, -1), blind, raw, modified)
 

@@ -101,12 +101,18 @@ struct Task {  // some query blocks of the heads of one KV head
       int32_t document = -1;
       for (int64_t i = start; i < start + rows; ++i)
         if (first[i] != NEVER) document = std::max(document, first[i]);
+      if (document < 0) {  // padding opens nothing
+        for (int64_t head = 0; head < rep; ++head)
+          std::fill_n(since + (head * blocks + t) * units, units, NEVER);
+        continue;
+      }
       for (int64_t head = 0; head < rep; ++head)
         for (int64_t i = start; i < start + rows; i += LANES)
           groups.push_back(
               {head, t, i, before, causal ? units : std::min(after, units), document, boxed});
     }
     count = groups.size(), even = (count + 1) / 2 * 2;
+    if (!count) return;
     packed.assign(even * LANES * dim, 0);
     wishes.assign(count, 0);
     wished.resize(units * count), wish.resize(units * count);
@@ -115,9 +121,12 @@ struct Task {  // some query blocks of the heads of one KV head
       pack_queries(queries_of(z), dim, scale, false, some, &packed[z * LANES * dim]);
     for (int64_t z = 0; z < count; z += 2) weigh_near(z);
     size == LANES ? weigh_far<1>() : size == 2 * LANES ? weigh_far<2>() : weigh_far<0>();
-    if (groups.back().boxed) weigh_boxes();
+    if (groups.back().boxed > oldest()) weigh_boxes();
     for (int64_t z = 0; z < count; ++z) open(z);
   }
+
+  // The first unit that is of the document of any group.
+  int64_t oldest() const { return groups.front().document / size; }
 
   // Mass of what two groups may not open.
   void weigh_near(int64_t pair) {
@@ -166,7 +175,7 @@ struct Task {  // some query blocks of the heads of one KV head
   template <int64_t KNOWN>
   void weigh_far() {
     const int64_t per_unit = KNOWN ? KNOWN : size / LANES;
-    const int64_t begin = groups.front().boxed * per_unit;
+    const int64_t begin = std::max(groups.front().boxed, oldest()) * per_unit;
     const int64_t end = (causal ? groups.back().before : units) * per_unit;
     alignas(64) Tile made[2][2][2];  // while one is filled, the other is read
     int64_t last = -1, last_pair = 0;
@@ -218,12 +227,12 @@ struct Task {  // some query blocks of the heads of one KV head
 
   // The same of old units, of which only the boxes count: 16 of them make a tile.
   void weigh_boxes() {
-    const int64_t end = (groups.back().boxed + LANES - 1) / LANES;
+    const int64_t begin = oldest() / LANES, end = (groups.back().boxed + LANES - 1) / LANES;
     halves.assign(even * LANES * 2 * dim, 0);
     for (int64_t z = 0; z < count; ++z)
       pack_queries(queries_of(z), dim, scale, true, some, &halves[z * LANES * 2 * dim]);
     alignas(64) Tile made[2][2];
-    for (int64_t n = (end - 1) / 2 * 2; n >= 0; n -= 2)
+    for (int64_t n = begin + (end - begin - 1) / 2 * 2; n >= begin; n -= 2)
       for (int64_t z = 0; z < even; z += 2) {
         const bfloat16* at = box + n * LANES * 2 * dim;
         const Packed* half = &halves[z * LANES * 2 * dim];

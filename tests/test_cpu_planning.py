@@ -71,7 +71,8 @@ def test_opens_what_the_rule_opens(
 
 @pytest.mark.parametrize("blocks", [(32, 16), (16, 64)])
 @pytest.mark.parametrize("head_dim", [48, 64])
-def test_opens_old_units_by_their_boxes_as_the_rule_does(blocks, head_dim, monkeypatch):
+@pytest.mark.parametrize("packed", [False, True])
+def test_opens_old_units_by_their_boxes_as_the_rule_does(blocks, head_dim, packed, monkeypatch):
     monkeypatch.setitem(estimates.NEAR, "exact", 256)
     for module in (estimates, stretches):
         monkeypatch.setattr(module, "SEGMENT", 128)
@@ -79,6 +80,10 @@ def test_opens_old_units_by_their_boxes_as_the_rule_does(blocks, head_dim, monke
     query, key, value = qkv(2, 4, 2, 1300, head_dim)
     inputs = [(2 * query).round(), key.round(), value]
     arguments = {"config": config, "scale": 1 / 8}
+    if packed:  # a document that begins among old units, and padding; the other row is whole
+        documents = torch.zeros(2, 1300, dtype=torch.long)
+        documents[0, 420:], documents[0, 1150:] = 1, -1
+        arguments["document_ids"] = documents
     rule = opened(monkeypatch, lambda name: None, *inputs, **arguments)
     old = rule[:, :, -128 // blocks[0] :, : 512 // blocks[1]] < NEVER
     assert old.any() and not old.all()

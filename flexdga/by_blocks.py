@@ -219,7 +219,7 @@ class Pass:
         """What some query blocks add to the gradients."""
         made = self._scores(blocks)
         d_out = self._of_rows(grad, blocks.row).to(self.wide).masked_fill(made.blind, 0)
-        d_share = _joined([d_out @ v.mT for v in made.values if v.shape[1]])
+        d_share = _against(d_out, made.values)
         d_score = torch._softmax_backward_data(d_share, made.share, -1, self.wide)
         del d_share
         for i, share in enumerate(_split(made.share, made.values)):
@@ -278,7 +278,7 @@ class Pass:
             [_taken(t, i, len(query)).to(self.wide) for t, i in zip(section, blocks.places)]
             for section in (self.keys, self.values)
         )
-        score = _joined([query @ k.mT for k in keys if k.shape[1]])
+        score = _against(query, keys)
         raw = modified = None
         if self.choices.score_mod is not None:
             raw = score.requires_grad_()
@@ -354,14 +354,15 @@ def _sections(x: Tensor, length: int) -> tuple[Tensor, Tensor]:
     return x[..., :length], x[..., length:]
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    """(n, I, S) of its sections."""
-    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-
-
 def _split(x: Tensor, keys: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """(n, I, S) by the sections of the keys."""
     return x.split([k.shape[1] for k in keys], -1)
+
+
+def _against(rows: Tensor, keys: Sequence[Tensor]) -> Tensor:
+    """(n, I, S): products of the rows (n, I, D) with the keys of the sections."""
+    parts = [rows @ k.mT for k in keys if k.shape[1]]
+    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
 
 def _sum_of_products(shares: Sequence[Tensor], keys: Sequence[Tensor]) -> Tensor:

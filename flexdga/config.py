@@ -272,8 +272,8 @@ class DGAConfig:
 
         Blocks and units are of 16 tokens (a tenth nearer to dense than the default's 32 × 16 at
         one budget, and as much slower), with `open_by="landmarks"` of 32, and a budget then goes
-        half as far. The budget decides `open_mass`. The window of 64, no focal tokens and the same
-        for all layers were the best of what was tried at every budget (bench/RESEARCH.md).
+        half as far. The budget decides `open_mass` alone: no other window, share of focal tokens
+        or rule by layer was better in all texts and at all budgets tried (bench/RESEARCH.md).
 
         Args:
             budget: score entries to compute, as a share of dense causal attention's over 4096

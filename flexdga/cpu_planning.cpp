@@ -101,15 +101,13 @@ struct Task {  // some query blocks of the heads of one KV head
       int32_t document = -1;
       for (int64_t i = start; i < start + rows; ++i)
         if (first[i] != NEVER) document = std::max(document, first[i]);
-      if (document < 0) {  // padding opens nothing
-        for (int64_t head = 0; head < rep; ++head)
-          std::fill_n(since + (head * blocks + t) * units, units, NEVER);
-        continue;
-      }
-      for (int64_t head = 0; head < rep; ++head)
+      for (int64_t head = 0; head < rep; ++head) {
+        std::fill_n(since + (head * blocks + t) * units, units, NEVER);
+        if (document < 0) continue;  // padding opens nothing
         for (int64_t i = start; i < start + rows; i += LANES)
           groups.push_back(
               {head, t, i, before, causal ? units : std::min(after, units), document, boxed});
+      }
     }
     count = groups.size(), even = (count + 1) / 2 * 2;
     if (!count) return;
@@ -262,7 +260,6 @@ struct Task {  // some query blocks of the heads of one KV head
     }
     int32_t* out = since + (mine.head * blocks + mine.block) * units;
     const int64_t begin = mine.block * rows;
-    if (mine.begin == begin) std::fill(out, out + units, NEVER);
     for (int64_t i = z * units; i < z * units + wishes[z]; ++i) {
       const int lane = first_of(wish[i] > bound);
       if (lane == LANES) continue;

@@ -7,56 +7,24 @@
 #include <vector>
 
 #include "cpu_tiles.h"
+#include "cpu_integers.h"
+#include "cpu_units.h"
 
 namespace {
 
 constexpr int64_t TOGETHER = 128;  // queries of a task: keys are read once for all of them
 constexpr int32_t NEVER = std::numeric_limits<int32_t>::max();
-constexpr float BEYOND = 60;              // as in opening.py
-constexpr float WHOLE_BOX_SHARE = 0.35f;  // as in estimates.py
+constexpr float BEYOND = 60;  // as in opening.py
 
-// Scaled numbers of 16 queries as tiles take them; with signs, positive and negative parts apart.
-inline void pack_queries(
-    const float* query, int64_t dim, float scale, bool signs, std::vector<bfloat16>& some,
-    Packed* to) {
-  const int64_t wide = signs ? 2 * dim : dim;
-  some.resize(LANES * wide);
-  for (int64_t lane = 0; lane < LANES; ++lane, query += dim) {
-    bfloat16* row = some.data() + lane * wide;
-    to_bfloat16s(query, dim, scale, row);
-    for (int64_t d = 0; signs && d < dim; ++d) {
-      const bfloat16 x = row[d];
-      const bool negative = x > 0x8000 && x <= 0xff80;  // not what is no number
-      row[d] = negative ? 0 : x;
-      row[dim + d] = negative || x > 0x7f80 ? x : 0;
-    }
-  }
-  pack(some.data(), wide, to);
+// 16 scaled queries in bfloat16.
+inline void round_queries(const float* query, int64_t dim, float scale, std::vector<bfloat16>& to) {
+  to.resize(LANES * dim);
+  for (int64_t i = 0; i < LANES; ++i) to_bfloat16s(query + i * dim, dim, scale, &to[i * dim]);
 }
 
 // `units_beyond`, of units.
 inline int64_t boxed_of(int64_t before, int64_t known, int64_t segment) {
   return std::max<int64_t>(before / segment * segment - known, 0);
-}
-
-// The two corners (2, D) of the box around the keys (size, D) of a unit.
-inline void enclose(const bfloat16* key, int64_t size, int64_t dim, bfloat16* corners) {
-  for (int64_t begin = 0; begin < dim; begin += LANES) {
-    float sum[LANES] = {}, high[LANES], low[LANES];
-    for (int64_t i = 0; i < LANES; ++i) high[i] = low[i] = to_float(key[begin + i]);
-    for (int64_t j = 0; j < size; ++j)
-      for (int64_t i = 0; i < LANES; ++i) {
-        const float x = to_float(key[j * dim + begin + i]);
-        sum[i] += x;
-        high[i] = x > high[i] ? x : high[i];
-        low[i] = x < low[i] ? x : low[i];
-      }
-    for (int64_t i = 0; i < LANES; ++i) {
-      const float middle = sum[i] / size;
-      corners[begin + i] = to_bfloat16(middle + WHOLE_BOX_SHARE * (high[i] - middle));
-      corners[dim + begin + i] = to_bfloat16(middle + WHOLE_BOX_SHARE * (low[i] - middle));
-    }
-  }
 }
 
 struct Group {  // 16 queries of one head, in one query block
@@ -69,8 +37,11 @@ struct Group {  // 16 queries of one head, in one query block
 struct Task {  // some query blocks of the heads of one KV head
   // As `flexdga_openings` has them:
   const float* query;
-  const bfloat16 *key, *box;
+  const bfloat16* key;
   const int32_t *first, *home;
+  // Of `Known`:
+  const KeyNumber *number, *box;
+  const float *step, *box_step;
   int64_t rep, length, blocks, rows, units, size, dim, window, known, segment;
   float scale, least, share;
   bool causal, prompt;
@@ -78,9 +49,13 @@ struct Task {  // some query blocks of the heads of one KV head
   // Of this thread:
   std::vector<Group> groups;
   int64_t count, even;  // of groups, and rounded up
-  std::vector<Packed> packed, halves;  // queries, and their positive and negative parts
+  std::vector<Packed> packed;                // queries,
+  std::vector<QueryNumber> integers, halves;  // as integers, their positive and negative parts,
+  std::vector<Floats> query_step;             // and what these are to be multiplied by
+  std::vector<Sums> beyond, part;
   std::vector<bfloat16> some;
-  std::vector<Floats> base, mass, part, scores;
+  std::vector<PackedNumber> some_integers;
+  std::vector<Floats> base, mass, scores;
   // What may be asked for in the end: so many units of each group, and their scores.
   std::vector<int64_t> wishes;
   std::vector<int32_t> wished;
@@ -90,7 +65,10 @@ struct Task {  // some query blocks of the heads of one KV head
     return query + (groups[group].head * length + groups[group].begin) * dim;
   }
   const Packed* queries(int64_t group) const { return packed.data() + group * LANES * dim; }
-  const bfloat16* tile(int64_t number) const { return key + number * LANES * dim; }
+  const bfloat16* tile(int64_t n) const { return key + n * LANES * dim; }
+  Floats score(Sums sum, float step, int64_t z) const {
+    return __builtin_convertvector(sum - beyond[z], Floats) * step * query_step[z];
+  }
 
   void run(int64_t from, int64_t to) {
     groups.clear();
@@ -112,11 +90,22 @@ struct Task {  // some query blocks of the heads of one KV head
     count = groups.size(), even = (count + 1) / 2 * 2;
     if (!count) return;
     packed.assign(even * LANES * dim, 0);
+    integers.assign(even * LANES * dim / IN_ONE, 0);
+    if (groups.back().boxed > oldest()) halves.assign(even * LANES * 2 * dim / IN_ONE, 0);
     wishes.assign(count, 0);
     wished.resize(units * count), wish.resize(units * count);
-    for (auto* each : {&base, &mass, &part}) each->assign(even, Floats{});
-    for (int64_t z = 0; z < count; ++z)
-      pack_queries(queries_of(z), dim, scale, false, some, &packed[z * LANES * dim]);
+    for (auto* each : {&base, &mass, &query_step}) each->assign(even, Floats{});
+    for (auto* each : {&beyond, &part}) each->assign(even, Sums{});
+    for (int64_t z = 0; z < count; ++z) {
+      round_queries(queries_of(z), dim, scale, some);
+      pack(some.data(), dim, &packed[z * LANES * dim]);
+      auto in_eight_bits = [&](bool signs, QueryNumber* to) {
+        pack_integers(some.data(), dim, signs, some_integers, query_step[z], beyond[z], to);
+      };
+      in_eight_bits(false, &integers[z * LANES * dim / IN_ONE]);
+      if (groups.back().boxed > oldest())
+        in_eight_bits(true, &halves[z * LANES * 2 * dim / IN_ONE]);
+    }
     for (int64_t z = 0; z < count; z += 2) weigh_near(z);
     size == LANES ? weigh_far<1>() : size == 2 * LANES ? weigh_far<2>() : weigh_far<0>();
     if (groups.back().boxed > oldest()) weigh_boxes();
@@ -175,30 +164,33 @@ struct Task {  // some query blocks of the heads of one KV head
     const int64_t per_unit = KNOWN ? KNOWN : size / LANES;
     const int64_t begin = std::max(groups.front().boxed, oldest()) * per_unit;
     const int64_t end = (causal ? groups.back().before : units) * per_unit;
-    alignas(64) Tile made[2][2][2];  // while one is filled, the other is read
+    alignas(64) Sums made[2][2][2][LANES];  // while one is filled, the other is read
     int64_t last = -1, last_pair = 0;
     int turn = 0;
     for (int64_t n = begin + (end - begin - 1) / 2 * 2; n >= begin && n < end; n -= 2)
       for (int64_t z = 0; z < even; z += 2) {
-        multiply(
-            tile(n), tile(std::min(n + 1, end - 1)), queries(z), queries(z + 1), dim, made[turn]);
+        const int64_t other = std::min(n + 1, end - 1), next = LANES * dim / IN_ONE;
+        const QueryNumber* rows = &integers[z * next];
+        multiply(number + n * LANES * dim, number + other * LANES * dim, rows, rows + next, dim,
+                 made[turn]);
         if (last >= 0) note(last, last_pair, end, per_unit, made[1 - turn]);
         last = n, last_pair = z, turn = 1 - turn;
       }
     if (last >= 0) note(last, last_pair, end, per_unit, made[1 - turn]);
   }
 
-  inline void note(int64_t n, int64_t pair, int64_t end, int64_t per_unit, Tile (*made)[2]) {
+  inline void note(
+      int64_t n, int64_t pair, int64_t end, int64_t per_unit, Sums (*made)[2][LANES]) {
     for (int64_t i = std::min<int64_t>(end - n, 2) - 1; i >= 0; --i) {
       const int64_t unit = (n + i) / per_unit, left = (n + i) % per_unit;
       for (int64_t z = pair; z < std::min(pair + 2, count); ++z) {
         if (unit < groups[z].boxed) continue;
-        Floats best = largest(made[i][z - pair]);
+        Sums best = largest(made[i][z - pair]);
         if (left != per_unit - 1) best = larger(best, part[z]);
         if (left)
           part[z] = best;
         else
-          weigh(best, unit, z);
+          weigh(score(best, step[unit], z), unit, z);
       }
     }
   }
@@ -226,21 +218,21 @@ struct Task {  // some query blocks of the heads of one KV head
   // The same of old units, of which only the boxes count: 16 of them make a tile.
   void weigh_boxes() {
     const int64_t begin = oldest() / LANES, end = (groups.back().boxed + LANES - 1) / LANES;
-    halves.assign(even * LANES * 2 * dim, 0);
-    for (int64_t z = 0; z < count; ++z)
-      pack_queries(queries_of(z), dim, scale, true, some, &halves[z * LANES * 2 * dim]);
-    alignas(64) Tile made[2][2];
+    const int64_t next = LANES * 2 * dim;
+    alignas(64) Sums made[2][2][LANES];
     for (int64_t n = begin + (end - begin - 1) / 2 * 2; n >= begin; n -= 2)
       for (int64_t z = 0; z < even; z += 2) {
-        const bfloat16* at = box + n * LANES * 2 * dim;
-        const Packed* half = &halves[z * LANES * 2 * dim];
-        const int64_t next = LANES * 2 * dim;
-        multiply(at, at + (n + 1 < end ? next : 0), half, half + next, 2 * dim, made);
+        const KeyNumber* at = box + n * next;
+        const QueryNumber* half = &halves[z * next / IN_ONE];
+        multiply(at, at + (n + 1 < end ? next : 0), half, half + next / IN_ONE, 2 * dim, made);
         for (int64_t i = 0; i < 2 && n + i < end; ++i)
           for (int64_t y = z; y < std::min(z + 2, count); ++y) {
             const int64_t least = (n + i) * LANES;
             const int64_t most = std::min(least + LANES, groups[y].boxed);
-            weigh(made[i][y - z], least, most, y);
+            Floats scores[LANES];
+            for (int64_t j = 0; j < LANES; ++j)
+              scores[j] = score(made[i][y - z][j], box_step[least + j], y);
+            weigh(scores, least, most, y);
           }
       }
   }
@@ -295,13 +287,7 @@ extern "C" void flexdga_openings(
   const int64_t known = sizes[8], segment = sizes[9], threads = sizes[10];
   const int64_t last = std::max<int64_t>((blocks - 1) * rows - window + 1, 0) / size;
   const int64_t boxed = causal ? boxed_of(last, known, segment) : 0;
-  const int64_t room = (boxed + LANES - 1) / LANES * LANES;  // whole tiles, filled with zeros
-  std::vector<bfloat16> box(heads * room * 2 * dim);
-#pragma omp parallel for num_threads(threads) collapse(2)
-  for (int64_t head = 0; head < heads; ++head)
-    for (int64_t unit = 0; unit < boxed; ++unit)
-      enclose(key + (head * length + unit * size) * dim, size, dim,
-              &box[(head * room + unit) * 2 * dim]);
+  const Known known_by(key, heads, units, size, dim, boxed, threads);
 #pragma omp parallel num_threads(threads)
   {
     [[maybe_unused]] Session session;
@@ -312,7 +298,10 @@ extern "C" void flexdga_openings(
       const int64_t part = parts - 1 - number % parts, head = number / parts;
       task.query = query + head * rep * length * dim;
       task.key = key + head * length * dim;
-      task.box = box.data() + head * room * 2 * dim;
+      task.number = &known_by.key[head * units * size * dim];
+      task.step = &known_by.step[head * units];
+      task.box = known_by.box.data() + head * known_by.room * 2 * dim;
+      task.box_step = known_by.box_step.data() + head * known_by.room;
       task.first = first + head / kv_heads * length;
       task.home = home + head / kv_heads * units;
       task.since = since + head * rep * blocks * units;
@@ -334,45 +323,61 @@ extern "C" void flexdga_best_keys(
   const int64_t heads = sizes[0], rows = sizes[1], dim = sizes[2], units = sizes[3];
   const int64_t size = sizes[4], stride = sizes[5];
   const int64_t part = 4096 / size, parts = (units + part - 1) / part;
+  const int64_t groups = (rows + LANES - 1) / LANES, even = (groups + 1) / 2 * 2;
+  const int64_t next = LANES * dim / IN_ONE;
 #pragma omp parallel num_threads(sizes[6])
   {
     [[maybe_unused]] Session session;
     std::vector<float> rows_of(LANES * dim);
     std::vector<bfloat16> some;
-    std::vector<Packed> packed(2 * LANES * dim);
-    alignas(64) Tile made[2][2];
+    std::vector<PackedNumber> some_integers;
+    std::vector<QueryNumber> integers(even * next);
+    std::vector<Floats> query_step(even);
+    std::vector<Sums> beyond(even);
+    std::vector<KeyNumber> number(std::max(size, 2 * LANES) * dim);
+    alignas(64) Sums made[2][2][LANES];
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < heads * parts; ++task) {
       const int64_t head = task / parts, first = task % parts * part;
       const int64_t end = std::min(first + part, units);
-      for (int64_t row = 0; row < rows; row += 2 * LANES) {
-        for (int y = 0; y < 2; ++y) {
-          const int64_t from = std::min(row + y * LANES, rows);
-          const int64_t to = std::min(from + LANES, rows);
-          std::fill(rows_of.begin(), rows_of.end(), 0.0f);
-          std::copy(query + (head * rows + from) * dim, query + (head * rows + to) * dim,
-                    rows_of.begin());
-          pack_queries(rows_of.data(), dim, scale, false, some, &packed[y * LANES * dim]);
+      for (int64_t z = 0; z < groups; ++z) {
+        const int64_t from = z * LANES, to = std::min(from + LANES, rows);
+        std::fill(rows_of.begin(), rows_of.end(), 0.0f);
+        std::copy(query + (head * rows + from) * dim, query + (head * rows + to) * dim,
+                  rows_of.begin());
+        round_queries(rows_of.data(), dim, scale, some);
+        pack_integers(
+            some.data(), dim, false, some_integers, query_step[z], beyond[z], &integers[z * next]);
+      }
+      const int64_t tiles = size / LANES, both = tiles == 1 ? 2 : 1;  // units at a time
+      for (int64_t unit = first; unit < end; unit += both) {
+        const int64_t here = std::min(both, end - unit);
+        float step[2];
+        for (int64_t i = 0; i < here; ++i) {
+          const bfloat16* at = key + head * stride + (unit + i) * size * dim;
+          step[i] = step_of(at, size * dim);
+          to_integers(at, size * dim, step[i], &number[i * size * dim]);
         }
-        for (int64_t unit = first; unit < end; unit += 2 * LANES / std::min(size, 2 * LANES)) {
-          Floats best[2][2];
-          for (int64_t tile = 0; tile < std::max<int64_t>(size / LANES, 2); tile += 2) {
-            const bfloat16* at = key + head * stride + (unit * size + tile * LANES) * dim;
-            const bool alone = size == LANES && unit + 1 == end;
-            multiply(at, at + (alone ? 0 : LANES * dim), packed.data(), &packed[LANES * dim], dim,
-                     made);
+        for (int64_t z = 0; z < groups; z += 2) {
+          Sums best[2][2];  // of two units, or of tiles of one
+          for (int64_t tile = 0; tile < std::max<int64_t>(tiles, 2); tile += 2) {
+            const int64_t other = std::min(tile + 1, std::max<int64_t>(tiles, here) - 1);
+            multiply(&number[tile * LANES * dim], &number[other * LANES * dim],
+                     &integers[z * next], &integers[(z + 1) * next], dim, made);
             for (int i = 0; i < 2; ++i)
               for (int y = 0; y < 2; ++y) {
-                const Floats x = largest(made[i][y]);
+                const Sums x = largest(made[i][y]);
                 best[i][y] = tile ? larger(best[i][y], x) : x;
               }
           }
-          if (size > LANES)
-            for (int y = 0; y < 2; ++y) best[0][y] = larger(best[0][y], best[1][y]);
-          for (int64_t i = 0; i < (size == LANES ? 2 : 1) && unit + i < end; ++i)
-            for (int64_t r = row; r < std::min(row + 2 * LANES, rows); ++r)
-              out[(head * rows + r) * units + unit + i] =
-                  rounded(best[i][(r - row) / LANES])[(r - row) % LANES];
+          for (int64_t i = 0; i < here; ++i)
+            for (int64_t r = z * LANES; r < std::min((z + 2) * LANES, rows); ++r) {
+              const int64_t y = r / LANES - z;
+              const Sums all = tiles == 1 ? best[i][y] : larger(best[0][y], best[1][y]);
+              const Floats score = __builtin_convertvector(all - beyond[z + y], Floats) * step[i] *
+                                   query_step[z + y];
+              out[(head * rows + r) * units + unit + i] = rounded(score)[r % LANES];
+            }
         }
       }
     }

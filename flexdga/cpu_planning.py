@@ -2,9 +2,11 @@
 
 Openings by exact estimates: the best key of each unit is found where the products are made, so that
 no score is ever written to memory, and threads wait for each other once. It takes a fifth of the
-time that products, maxima and the graph of `openings` take one after the other. CPUs that multiply
-tiles of bfloat16 (AMX) do so, others use float32. Rule and roundings are those of `opening.py`;
-sums come in another order. Where C++ is not to be had (`cpp.py`), `opening.py` does it in PyTorch.
+time that products, maxima and the graph of `openings` take one after the other. Estimates are
+products of integers: in tiles of bfloat16 (AMX) or of bytes (AVX-512 VNNI) where the CPU has them,
+else in float32, and the same in all three. Rule and roundings are those of `opening.py`; only sums
+of masses and scores of near tokens come in another order. Where C++ is not to be had (`cpp.py`),
+`opening.py` does it in PyTorch.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <vector>
 
 #if defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__)
 #include <immintrin.h>
@@ -14,6 +15,12 @@
 #define AMX 1
 #else
 #define AMX 0
+#endif
+#if !AMX && defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#include <immintrin.h>
+#define INTEGERS 1
+#else
+#define INTEGERS 0
 #endif
 
 namespace {
@@ -25,20 +32,26 @@ using bfloat16 = uint16_t;
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef bfloat16 Halves __attribute__((vector_size(32)));
+typedef uint8_t Bytes __attribute__((vector_size(16)));
 using Tile = Floats[LANES];  // scores of 16 keys
 
 inline Floats all(float x) { return x - Floats{}; }
+inline Bits all_bits(uint32_t x) { return x - Bits{}; }
 
 inline Floats larger(Floats a, Floats b) {
-#if AMX
+#if AMX || INTEGERS
   return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
 #else
   return a > b ? a : b;
 #endif
 }
 
-inline Floats largest(const Tile& scores) {  // of its keys
-  Floats best = scores[0], other = scores[1];  // two at a time, for neither waits for the other
+inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
+
+template <class Numbers>
+inline Numbers largest(const Numbers (&scores)[LANES]) {  // of 16 keys
+  Numbers best = scores[0], other = scores[1];  // two at a time, for neither waits for the other
   for (int64_t j = 2; j < LANES; j += 2) {
     best = larger(best, scores[j]);
     other = larger(other, scores[j + 1]);
@@ -47,7 +60,7 @@ inline Floats largest(const Tile& scores) {  // of its keys
 }
 
 inline int first_of(Ints where) {  // of the lanes that are not zero; LANES if all are
-#if AMX
+#if AMX || INTEGERS
   const uint32_t mask = _mm512_test_epi32_mask((__m512i)where, (__m512i)where);
   return mask ? __builtin_ctz(mask) : LANES;
 #else
@@ -67,6 +80,19 @@ inline bfloat16 to_bfloat16(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   return x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+inline void store(Floats x, bfloat16* to) {  // rounded
+  const Ints none = x != x;
+  const Halves halves = __builtin_convertvector(
+      none ? all_bits(0x7fc0) : (Bits)rounded(x) >> 16, Halves);
+  std::memcpy(to, &halves, sizeof halves);
+}
+
+inline Floats load(const bfloat16* x) {
+  Halves halves;
+  std::memcpy(&halves, x, sizeof halves);
+  return (Floats)(__builtin_convertvector(halves, Bits) << 16);
 }
 
 inline float to_float(bfloat16 x) {
@@ -149,7 +175,11 @@ inline void multiply(
 using Packed = float;
 
 inline void to_bfloat16s(const float* from, int64_t count, float scale, bfloat16* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = to_bfloat16(from[i] * scale);
+  for (int64_t i = 0; i < count; i += LANES) {
+    Floats x;
+    std::memcpy(&x, from + i, sizeof x);
+    store(x * scale, to + i);
+  }
 }
 
 struct Session {};
@@ -163,19 +193,31 @@ inline void pack(const bfloat16* query, int64_t dim, Packed* to) {
 inline void multiply(
     const bfloat16* key0, const bfloat16* key1, const Packed* query0, const Packed* query1,
     int64_t dim, Tile (*out)[2]) {
+  constexpr int SUMS = 8, PART = 32;  // as many sums as there are registers for; PART divides dim
   for (int tile = 0; tile < 2; ++tile)
-    for (int group = 0; group < 2; ++group)
-      for (int64_t first = 0; first < LANES; first += 8) {  // as many sums as there are registers
-        const bfloat16* key = (tile ? key1 : key0) + first * dim;
-        const Packed* query = group ? query1 : query0;
-        Floats sum[8] = {};
-        for (int64_t d = 0; d < dim; ++d) {
-          Floats x;
-          std::memcpy(&x, query + d * LANES, sizeof x);
-          for (int j = 0; j < 8; ++j) sum[j] += to_float(key[j * dim + d]) * x;
+    for (int64_t first = 0; first < LANES; first += SUMS) {
+      const bfloat16* key = (tile ? key1 : key0) + first * dim;
+      Floats some[SUMS] = {}, others[SUMS] = {};
+      for (int64_t begin = 0; begin < dim; begin += PART) {
+        float wide[SUMS][PART];
+        for (int j = 0; j < SUMS; ++j)
+          for (int d = 0; d < PART; d += LANES) {
+            const Floats x = load(key + j * dim + begin + d);
+            std::memcpy(&wide[j][d], &x, sizeof x);
+          }
+        for (int d = 0; d < PART; ++d) {
+          Floats x, y;
+          std::memcpy(&x, query0 + (begin + d) * LANES, sizeof x);
+          std::memcpy(&y, query1 + (begin + d) * LANES, sizeof y);
+          for (int j = 0; j < SUMS; ++j) {
+            some[j] += wide[j][d] * x;
+            others[j] += wide[j][d] * y;
+          }
         }
-        std::copy(sum, sum + 8, out[tile][group] + first);
       }
+      std::copy(some, some + SUMS, out[tile][0] + first);
+      std::copy(others, others + SUMS, out[tile][1] + first);
+    }
 }
 
 #endif

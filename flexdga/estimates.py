@@ -85,10 +85,10 @@ def _landmarks_and_box(units: Tensor) -> Tensor:
 
 def boxes(key: Tensor, config: DGAConfig) -> Tensor:
     """(B, Hkv, N, 2D) bfloat16, around all keys of each of the units (B, Hkv, N·U, D)."""
-    units = in_bfloat16(key).float().unflatten(2, (-1, config.block_size[1]))
+    units = in_bfloat16(key.float()).float().unflatten(2, (-1, config.block_size[1]))
     middle = units.mean(3)
     corners = (torch.lerp(middle, x, WHOLE_BOX_SHARE) for x in (units.amax(3), units.amin(3)))
-    return in_bfloat16(torch.cat([*corners], -1))
+    return in_eight_bits(torch.cat([*corners], -1), [3])
 
 
 def unit_documents(first: Tensor, config: DGAConfig) -> Tensor:
@@ -119,7 +119,9 @@ def far_log_mass(
     the best corner of the box around them; counting the box's tokens opened more and found less.
 
     Scores are bfloat16 products, whatever the dtype of the query, and rounded to bfloat16: a few
-    per cent of a unit's mass, of which `open_mass` is a rough bound, for an eighth of the time.
+    per cent of a unit's mass, of which `open_mass` is a rough bound, for an eighth of the time. For
+    `exact` queries and keys are `in_eight_bits` first: no worse on a real model
+    (bench/RESEARCH.md).
 
     Args:
         query: (B, H, C, D).
@@ -133,7 +135,8 @@ def far_log_mass(
         best = _best_of_keys(query, units, config, scale)
         all_near = units.shape[2] < NEAR["exact"] + SEGMENT
         if beyond is not None and not statically_known_true(all_near):
-            by_box = products(_signed_rows(query, units, scale), boxes(units, config))
+            rows = in_matrices(_signed(in_eight_bits(query * scale, [3])), units.shape[1])
+            by_box = products(rows, boxes(units, config))
     else:
         weigh = _of_few if query.shape[2] == 1 else _of_many
         by_box, near = weigh(_signed_rows(query, units, scale), units, query.shape[3])
@@ -149,9 +152,10 @@ def _best_of_keys(query: Tensor, key: Tensor, config: DGAConfig, scale: float) -
     if not torch.compiler.is_compiling() and decides(query, config):
         best = best_keys_on_cpu(query, key.bfloat16(), config=config, scale=scale)
         return best.view(batch, kv_heads, -1, best.shape[-1])
-    rows = in_matrices(in_bfloat16(query * scale), kv_heads)
+    rows = in_matrices(in_eight_bits(query * scale, [3]), kv_heads)
     if query.shape[2] == 1:  # keys are rows here, so that none need be moved
-        return products(in_bfloat16(key), rows).unflatten(2, (-1, size)).amax(3).mT
+        key = in_eight_bits(key.unflatten(2, (-1, size)), [3, 4]).flatten(2, 3)
+        return products(key, rows).unflatten(2, (-1, size)).amax(3).mT
     return best_keys(rows, by_place(key, size))
 
 
@@ -256,14 +260,17 @@ def query_features(query: Tensor, scale: float) -> Tensor:
 
     q·corner = Σ max(q_d high_d, q_d low_d), the corner being the best one for this query.
     """
-    rows = in_bfloat16(query * scale)
+    return _signed(in_bfloat16(query * scale))
+
+
+def _signed(rows: Tensor) -> Tensor:
     return torch.cat([rows.clamp(min=0), rows.clamp(max=0)], -1)
 
 
 def by_place(key: Tensor, size: int) -> Tensor:
-    """(B, G, U, N, D) bfloat16 of (B, G, N·U, D): the first keys of all units, the second, ..."""
+    """(B, G, U, N, D) of (B, G, N·U, D) `in_eight_bits`: first keys of all units, second, ..."""
     number = key.shape[2] // size
-    return in_bfloat16(key).unflatten(2, (number, size)).transpose(2, 3).contiguous()
+    return in_eight_bits(key.unflatten(2, (number, size)), [3, 4]).transpose(2, 3).contiguous()
 
 
 def best_keys(rows: Tensor, key: Tensor) -> Tensor:
@@ -296,3 +303,16 @@ def in_bfloat16(x: Tensor) -> Tensor:
         even = (bits + 0x7FFF + ((bits >> 16) & 1)) & -(1 << 16)
         x = torch.where(x == x, even.view(torch.float32), x)
     return x.bfloat16()
+
+
+def in_eight_bits(x: Tensor, dims: list[int]) -> Tensor:
+    """`in_bfloat16`, but of integers up to 127 times a power of two, one for all along `dims`.
+
+    Products of such numbers are exact wherever they are summed up in float32, and in whatever
+    order, so that every device and every road opens the same units. CPUs multiply them fastest.
+    Where a number is infinite or none, all that share its power are none.
+    """
+    x = in_bfloat16(x.float()).float()
+    most = x.abs().amax(dims, keepdim=True).clamp(min=2.0**-100)
+    step = (most.view(torch.int32) & 0x7F800000).view(torch.float32) / 64
+    return ((x / step).round().clamp(-127, 127) * step).bfloat16()

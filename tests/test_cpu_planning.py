@@ -22,10 +22,11 @@ STOCK = cpp.library
 
 @functools.cache
 def portable(name):
-    """The same source without tiles."""
+    """The same source for CPUs that have nothing of what it asks for."""
     from torch._inductor.codecache import CppCodeCache
 
-    return CppCodeCache.load("#undef __AMX_BF16__\n" + cpp.source(name))
+    without = "#undef __AMX_BF16__\n#undef __AVX512VNNI__\n"
+    return CppCodeCache.load(without + cpp.source(name))
 
 
 def opened(monkeypatch, library, *inputs, **arguments) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -156,14 +157,27 @@ def by_landmarks(queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tenso
 
 
 def by_keys(queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of its keys (Q, U), and by the box around all of them (Q,)."""
-    return queries @ keys.mT, by_box(queries, keys.mean(0), keys, WHOLE_BOX_SHARE)
+    """Of its keys (Q, U), and by the box around all of them (Q,), in eight bits."""
+    queries = torch.stack([eight_bits(row) for row in queries])
+    box = by_box(queries, keys.mean(0), keys, WHOLE_BOX_SHARE, eight_bits)
+    return queries @ eight_bits(keys).mT, box
+
+
+def eight_bits(x: torch.Tensor) -> torch.Tensor:
+    """bfloat16 numbers to integers up to 127 times a power of two."""
+    x = x.bfloat16().float()
+    step = 2.0 ** (math.floor(math.log2(x.abs().max().item())) - 6)
+    return (x / step).round().clamp(-127, 127) * step
 
 
 def by_box(
-    queries: torch.Tensor, middle: torch.Tensor, keys: torch.Tensor, share: float
+    queries: torch.Tensor,
+    middle: torch.Tensor,
+    keys: torch.Tensor,
+    share: float,
+    rounded: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
 ) -> torch.Tensor:
-    high, low = (middle.lerp(x, share) for x in (keys.amax(0), keys.amin(0)))
+    high, low = rounded(torch.stack([middle.lerp(x, share) for x in (keys.amax(0), keys.amin(0))]))
     return queries.clamp(min=0) @ high + queries.clamp(max=0) @ low
 
 

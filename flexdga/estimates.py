@@ -135,11 +135,10 @@ def far_log_mass(
         best = _best_of_keys(query, units, config, scale)
         all_near = units.shape[2] < NEAR["exact"] + SEGMENT
         if beyond is not None and not statically_known_true(all_near):
-            rows = in_matrices(_signed(in_eight_bits(query * scale, [3])), units.shape[1])
-            by_box = products(rows, boxes(units, config))
+            by_box = products(_signed_rows(query, units, config, scale), boxes(units, config))
     else:
         weigh = _of_few if query.shape[2] == 1 else _of_many
-        by_box, near = weigh(_signed_rows(query, units, scale), units, query.shape[3])
+        by_box, near = weigh(_signed_rows(query, units, config, scale), units, query.shape[3])
         best = by_box if near is None else torch.maximum(near, by_box)
     if beyond is not None and by_box is not None:
         best = _old_by_box(best, by_box, beyond, query)
@@ -159,7 +158,10 @@ def _best_of_keys(query: Tensor, key: Tensor, config: DGAConfig, scale: float) -
     return best_keys(rows, by_place(key, size))
 
 
-def _signed_rows(query: Tensor, units: Tensor, scale: float) -> Tensor:
+def _signed_rows(query: Tensor, units: Tensor, config: DGAConfig, scale: float) -> Tensor:
+    """Queries as boxes want them: for `exact` in eight bits, as these boxes are."""
+    if config.open_by == "exact":
+        return in_matrices(_signed(in_eight_bits(query * scale, [3])), units.shape[1])
     return in_matrices(query_features(query, scale), units.shape[1])
 
 
@@ -183,7 +185,7 @@ def near_log_scores(
         landmarks: (B, G, `LANDMARKS`·N, D) `landmarks_of` them.
         scale: of the scores.
     """
-    rows = _signed_rows(query, box, scale)
+    rows = in_matrices(query_features(query, scale), box.shape[1])
     whole = in_matrices(in_bfloat16(query * scale), box.shape[1])
     return best_landmarks(rows, whole, box, landmarks), rows
 

@@ -336,38 +336,43 @@ def _several_blocks_at_once(text: str) -> str:
     begin = text.index("        // Update coefficients with Softmax")
     end = text.index("        // Calculate Softmax(q @ k.T) @ v")
     softmax = """        }
+        // Of these key blocks one at most is cut off: the last of all.
+        const int64_t tail = kvSize % kvSplitSize;
+        int64_t short_one = -1;
+        for (int64_t i = 0; tail && i < n_after - n_first; ++i) {
+          const int64_t n_idx = n_first + i;
+          const int64_t n = n_idx < kv_indice_num ? kv_indice_list[n_idx]
+                                                  : full_kv_indice_list[n_idx - kv_indice_num];
+          if (n == kvSize / kvSplitSize) short_one = i;
+        }
         for (int64_t row = 0; row < cur_qSplitSize; ++row) {
-          auto columns = [&](int64_t n_idx) {  // the last key block may be cut off
-            int64_t n = n_idx < kv_indice_num ? kv_indice_list[n_idx]
-                                              : full_kv_indice_list[n_idx - kv_indice_num];
-            return std::min(kvSplitSize, kvSize - n * kvSplitSize);
-          };
+          // What is no number is lost in the maximum, but its weight is none, or infinite.
           Vec largest(-std::numeric_limits<accum_t>::infinity());
-          for (int64_t n_idx = n_first; n_idx < n_after; ++n_idx) {
-            const int64_t count = columns(n_idx);
-            accum_t* x = scores + (n_idx - n_first) * qSplitSize * kvSplitSize + row * count;
+          for (int64_t i = 0; i < n_after - n_first; ++i) {
+            const int64_t count = i == short_one ? tail : kvSplitSize;
+            const accum_t* x = scores + i * qSplitSize * kvSplitSize + row * count;
             int64_t c = 0;
             for (; c + Vec::size() <= count; c += Vec::size())
-              largest = at::vec::maximum(largest, Vec::loadu(x + c));
+              largest = at::vec::clamp_min(Vec::loadu(x + c), largest);
             if (c < count) {
               Vec rest = Vec::set(largest, Vec::loadu(x + c, count - c), count - c);
-              largest = at::vec::maximum(largest, rest);
+              largest = at::vec::clamp_min(rest, largest);
             }
           }
           const accum_t before = qk_max_data[row];
           accum_t now = scaling_factor * at::vec::vec_reduce_all<accum_t>(
-              [](Vec& x, Vec& y) { return at::vec::maximum(x, y); }, largest);
+              [](Vec& x, Vec& y) { return at::vec::clamp_min(x, y); }, largest);
           now = before > now ? before : now;
           const bool blank = now == -std::numeric_limits<accum_t>::infinity();
           Vec total(0);
           accum_t rest = 0;
-          for (int64_t n_idx = n_first; n_idx < n_after; ++n_idx) {
-            const int64_t count = columns(n_idx);
+          for (int64_t i = 0; i < n_after - n_first; ++i) {
+            const int64_t count = i == short_one ? tail : kvSplitSize;
             const int64_t padded = need_pack ? count + count % 2 : count;
-            accum_t* x = scores + (n_idx - n_first) * qSplitSize * kvSplitSize + row * count;
+            accum_t* x = scores + i * qSplitSize * kvSplitSize + row * count;
             auto weight = {{kernel.kernel_name}}_conditional_data_ptr(
-                scores + (n_idx - n_first) * qSplitSize * kvSplitSize,
-                weights ? weights + (n_idx - n_first) * qSplitSize * ekvSplitSize : nullptr)
+                scores + i * qSplitSize * kvSplitSize,
+                weights ? weights + i * qSplitSize * ekvSplitSize : nullptr)
                 + row * padded;
             int64_t c = 0;
             if (blank) {
@@ -387,9 +392,13 @@ def _several_blocks_at_once(text: str) -> str:
             if (padded > count) weight[count] = static_cast<scalar_t>(0);
           }
           if (blank) continue;
-          const accum_t kept = std::exp(before - now);
           rest += at::vec::vec_reduce_all<accum_t>(
               [](Vec& x, Vec& y) { return x + y; }, total);
+          if (before == now) {  // as most often after the first blocks
+            qk_sum_data[row] += rest;
+            continue;
+          }
+          const accum_t kept = std::exp(before - now);
           qk_sum_data[row] = rest + kept * qk_sum_data[row];
           qk_max_data[row] = now;
           if (n_first > 0)

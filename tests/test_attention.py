@@ -191,6 +191,21 @@ def test_compiled_kernel_equals_reference(heads, dtype, head_dim, group_bias, sc
         check(inputs, config, plan=plan, score_mod=score_mod)
 
 
+@pytest.mark.parametrize("spoilt", ["query", "key"])
+def test_what_is_no_number_reaches_all_who_see_it_and_nobody_else(spoilt):
+    """Though the kernel's maximum loses it."""
+    config = DGAConfig.streaming_llm(window=64, dense_below=0)
+    inputs = dict(zip(("query", "key", "value"), qkv(1, 2, 2, 700)))
+    inputs[spoilt][0, 1, 333, 5] = torch.nan
+    out, plan = dga_attention(**inputs, config=config, return_plan=True)
+    want = torch.zeros(2, 700, dtype=torch.bool)
+    want[1, 333] = True
+    if spoilt == "key":
+        want[1] = plan.visible(torch.arange(700))[0, 1, :, 333]
+    assert 0 < want.sum() < 200
+    assert torch.equal(out.isnan().all(-1)[0], want) and torch.equal(out.isnan().any(-1)[0], want)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [40, 96, 128, 256])
 @pytest.mark.parametrize("block_size", [(16, 16), (64, 128), (128, 64)], ids=str)

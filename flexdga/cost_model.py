@@ -6,10 +6,11 @@ a call of DGA does, by kind, and `WEIGHTS` says how many entries each kind is wo
 ratios matter, which differ less from machine to machine than times do.
 
 Weights of a CPU were fitted to CPU time of one thread (Intel Xeon with AVX-512 and AMX, torch 2.13,
-random tensors of 1024 to 8192 tokens): bench/NOTES.md has them beside what was measured. Those of a
-GPU come from an H100: what SDPA and the kernel take was measured, what planning takes follows from
-the bytes that it moves, and a call's own time from its launches. So DGA counts twice there
-(`DOUBT`), and waits too long rather than not long enough.
+random tensors of 1024 to 8192 tokens), and what is another for CPUs without AMX to an AMD EPYC with
+AVX-512: bench/NOTES.md has them beside what was measured. Those of a GPU come from an H100: what
+SDPA and the kernel take was measured, what planning takes follows from the bytes that it moves, and
+a call's own time from its launches. So DGA counts twice there (`DOUBT`), and waits too long rather
+than not long enough.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flexdga import cpu_kernel
 from flexdga.estimates import LANDMARKS, NEAR, SEGMENT
 from flexdga.scratch import scores_held
 
@@ -51,8 +53,14 @@ BOXED_KEYS = 0.3
 CAUSAL_PROBES, HIDING = 0.6, 2.4
 """What a probe's score takes in `causal` scope, and the kernel's where openings hide slots, over
 those that `WEIGHTS` has."""
-HALF = {"dense": 0.43, "DGA": 0.9}
-"""What half precision leaves of both times: measured in bfloat16, which AMX multiplies."""
+HALF = {
+    "tiles": {"dense": 0.43, "DGA": 0.9},
+    "bytes": {"dense": 1.0, "DGA": 1.15},
+    "floats": {"dense": 1.0, "DGA": 1.15},
+}
+"""What half precision leaves of both times, by `cpu_kernel.products`: measured in bfloat16."""
+ONE_PASS = {"tiles": 1.0, "bytes": 1.5, "floats": 6.2}
+"""What a key in one pass takes, over `WEIGHTS`, by the same."""
 DIAGONAL = 512
 """Keys in a block of SDPA's, of which it computes those on the diagonal whole."""
 OPENED = {"landmarks": 0.24, "exact": 1.4}
@@ -82,6 +90,7 @@ class Case(NamedTuple):
     dtype: torch.dtype
     device: str
     threads: int
+    products: str = "tiles"
 
 
 def dense_below(config: DGAConfig, query: Tensor, key: Tensor, *, decodes: bool = False) -> int:
@@ -117,7 +126,8 @@ def _parts(query: Tensor, key: Tensor) -> tuple[Any, ...]:
 
 def _here(parts: tuple[Any, ...]) -> Case:
     heads, kv_heads, head_dim, dtype, device = parts
-    return Case(heads, kv_heads, head_dim, dtype, device, torch.get_num_threads())
+    sizes = heads, kv_heads, head_dim
+    return Case(*sizes, dtype, device, torch.get_num_threads(), cpu_kernel.products())
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -161,7 +171,7 @@ def work(config: DGAConfig, case: Case, length: int) -> dict[str, float]:
 
     - entries, blocks: that the kernel computes and visits.
     - near: scores of keys too near to open. units: that queries weigh; landmarks, keys: of these.
-    - one_pass: keys that `cpu_planning.py` weighs.
+    - one_pass: keys that `cpu_planning.py` weighs, as long as AMX takes for one.
     - probes: scores of the probes.
     - tokens: rows of 64 numbers of query, key and value, that are copied.
     """
@@ -191,7 +201,7 @@ def work(config: DGAConfig, case: Case, length: int) -> dict[str, float]:
         "units": weighed / columns * (not one_pass),
         "landmarks": queries * near * wide * config.opens * (not exact) / columns * LANDMARKS,
         "keys": weighed * (exact and not one_pass),
-        "one_pass": (weighed - unread + NEAR_KEYS * too_near) * one_pass,
+        "one_pass": (weighed - unread + NEAR_KEYS * too_near) * one_pass * ONE_PASS[case.products],
         "probes": queries * probed * config.needs_importance,
         "tokens": (case.heads + 2 * case.kv_heads) * length * case.head_dim / 64,
     }
@@ -239,7 +249,7 @@ def _past(length: int, gap: float) -> float:
 
 def _half(case: Case) -> dict[str, float]:
     half = case.dtype.itemsize == 2 and case.device == "cpu"
-    return HALF if half else {"dense": 1.0, "DGA": 1.0}
+    return HALF[case.products] if half else {"dense": 1.0, "DGA": 1.0}
 
 
 def _threads(case: Case) -> int:

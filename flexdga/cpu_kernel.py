@@ -17,6 +17,8 @@
 6. Compile time. Buffers in the source are numbered through the whole graph, so that no two layers
    of a model shared their kernel (`score_buf_idx`, `mask_buf_idx`).
 
+7. Correctness. Inductor fuses what is computed of the output with the kernel, which then refuses.
+
 1 and 2 are edits of the template's text. All act only while Inductor lowers a call that carries
 flexdga's mark in its `kernel_options`; everybody else's kernels stay as they are.
 FLEXDGA_STOCK_CPU_KERNEL=1 switches them off. What moved what: bench/NOTES.md.
@@ -102,6 +104,32 @@ def available() -> bool:
 
 
 @functools.cache
+def products() -> str:
+    """What this CPU multiplies fastest: `tiles` (AMX), `bytes` (AVX-512 VNNI), else `floats`."""
+    if _has("_is_amx_tile_supported"):
+        return "tiles"
+    return "bytes" if _has("_is_vnni_supported") else "floats"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether the kernel has fast products of this dtype.
+
+    Of half precision it has those of AMX. Without them it takes twice as long as in float32.
+    """
+    if not available() or dtype not in _HALVES:
+        return True
+    return _has(_HALVES[dtype])
+
+
+_HALVES = {torch.bfloat16: "_is_amx_tile_supported", torch.float16: "_is_amx_fp16_supported"}
+
+
+def _has(capability: str) -> bool:
+    return bool(getattr(torch.cpu, capability, bool)())
+
+
+@functools.cache
 def _install() -> None:
     import torch._inductor.lowering  # noqa: F401, I001  (before the next: they import each other)
     from torch._inductor import config
@@ -109,6 +137,7 @@ def _install() -> None:
     from torch._inductor.kernel.flex import flex_attention
 
     lowering: Any = flex_attention
+    fusion: Any = cpp
     flex: Any = template.CppFlexAttentionTemplate
     stock_lower, stock_init = lowering.lower_cpu, flex.__init__
     stock_modification, stock_choose = flex.modification, flex.choose_flex_template
@@ -162,6 +191,13 @@ def _install() -> None:
         ):
             return stock_modification(self, buffer, name, number)
 
+    stock_fuses = fusion.template_fusion_with_epilogues_supported
+
+    def fuses(node: Any, epilogues: Any) -> tuple[bool, bool]:
+        kernel = getattr(node.get_template_node(), "template", None)
+        return (False, False) if getattr(kernel, "flexdga", "") else stock_fuses(node, epilogues)
+
+    fusion.template_fusion_with_epilogues_supported = fuses
     lowering.lower_cpu = lower_cpu
     flex.__init__, flex.modification = init, modification
     flex.choose_flex_template = choose_flex_template

@@ -91,7 +91,7 @@ def attend_slots(
         tables: or else its tables.
 
     Returns:
-        (B, H, Q, Dv).
+        (B, H, Q, Dv). CPUs without fast products of half precision compute it in float32.
     """
     slot_score_mod = _slot_score_mod(score_mod, plan, slots, query.shape[1])
     on_cpu = query.device.type == "cpu"
@@ -115,17 +115,18 @@ def attend_slots(
             queries=query.shape[2],
             tables=tables,
         )
+    inputs = (query, slots.key, slots.value)
+    if on_cpu and not cpu_kernel.multiplies(query.dtype):
+        inputs = (query.float(), slots.key.float(), slots.value.float())
     out = flex_attention(
-        query,
-        slots.key,
-        slots.value,
+        *inputs,
         score_mod=slot_score_mod,
         block_mask=mask,
         scale=scale,
         enable_gqa=query.shape[1] != slots.key.shape[1],
         kernel_options=options,
     )
-    return out
+    return out.to(query.dtype)
 
 
 def _triton_options(block_size: tuple[int, int], query: Tensor) -> dict[str, Any]:

@@ -191,6 +191,16 @@ def test_compiled_kernel_equals_reference(heads, dtype, head_dim, group_bias, sc
         check(inputs, config, plan=plan, score_mod=score_mod)
 
 
+def test_half_precision_is_computed_in_float32_where_that_is_faster(monkeypatch):
+    """And what a caller's graph computes of the output is left out of the kernel."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    config = DGAConfig.streaming_llm(window=64, dense_below=0)
+    inputs = qkv(1, 2, 2, 300, dtype=torch.bfloat16)
+    twice = torch.compile(lambda *x: 2 * dga_attention(*x, config=config), fullgraph=True)
+    want = dga_attention(*(x.float() for x in inputs), config=config)
+    torch.testing.assert_close(twice(*inputs), (2 * want).bfloat16(), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("spoilt", ["query", "key"])
 def test_what_is_no_number_reaches_all_who_see_it_and_nobody_else(spoilt):
     """Though the kernel's maximum loses it."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
 import flexdga
-from flexdga import DGAConfig, dga_attention, make_plan
+from flexdga import DGAConfig, cpu_kernel, dga_attention, make_plan
 from flexdga.block_mask import visible_blocks
 from flexdga.cost_model import (
     LONGEST,
@@ -52,6 +52,7 @@ cases = st.builds(
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
     device=st.sampled_from(["cpu", "cuda", "mps"]),
     threads=st.sampled_from([1, 2, 64]),
+    products=st.sampled_from(["tiles", "bytes", "floats"]),
 )
 
 
@@ -187,8 +188,8 @@ def test_a_cache_keeps_texts_whole_for_longer(from_200_on, eager):
 
 def test_cases_are_of_heads_dtype_device_and_threads():
     query, key, _ = qkv(3, 9, 3, 50, 64, dtype=torch.bfloat16)
-    threads = torch.get_num_threads()
-    assert case_of(query, key) == Case(9, 3, 64, torch.bfloat16, "cpu", threads)
+    here = torch.get_num_threads(), cpu_kernel.products()
+    assert case_of(query, key) == Case(9, 3, 64, torch.bfloat16, "cpu", *here)
 
 
 @pytest.mark.parametrize(

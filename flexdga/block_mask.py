@@ -107,7 +107,8 @@ def _slots_of_open_units(plan: Plan, key_block: int) -> Tensor:
 def kinds_of_blocks(query: Tensor, plan: Plan, *, block_size: tuple[int, int]) -> Tensor:
     """`visible_blocks` of these (B, H, Q, D) queries in one (B, H, T, N) uint8: 1 part, 2 whole."""
     part, whole = visible_blocks(plan, block_size, query.shape[2])
-    kinds = torch.where(whole, 2, part.to(torch.uint8))
+    # By int32: Inductor (torch 2.13, CPU) turns bools into bytes one by one.
+    kinds = (part.int() + 2 * whole.int()).to(torch.uint8)
     return kinds.repeat_interleave(heads_per_kv_head(query.shape[1], kinds.shape[1]), 1)
 
 

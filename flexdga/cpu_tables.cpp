@@ -5,6 +5,18 @@
 
 extern "C" int flexdga_ready() { return 1; }
 
+// `use` of each of a row's blocks that is of some kind.
+template <class Use>
+inline void each_of_a_kind(const uint8_t* kind, int64_t blocks, Use use) {
+  for (int64_t block = 0; block < blocks; ++block) {
+    uint64_t some;
+    if (block + 8 <= blocks && (std::memcpy(&some, kind + block, 8), !some))
+      block += 7;  // most are of none
+    else if (kind[block])
+      use(block);
+  }
+}
+
 // How many blocks of kind 1 and of kind 2 each row of kinds (rows, blocks) has: counts (2, rows);
 // sizes rows, blocks, threads.
 extern "C" void flexdga_count_kinds(
@@ -12,13 +24,10 @@ extern "C" void flexdga_count_kinds(
   const int64_t rows = sizes[0], blocks = sizes[1];
 #pragma omp parallel for num_threads(sizes[2])
   for (int64_t row = 0; row < rows; ++row) {
-    int32_t parts = 0, wholes = 0;
+    int32_t count[3] = {};
     const uint8_t* kind = kinds + row * blocks;
-    for (int64_t block = 0; block < blocks; ++block) {
-      parts += kind[block] == 1;
-      wholes += kind[block] == 2;
-    }
-    counts[row] = parts, counts[rows + row] = wholes;
+    each_of_a_kind(kind, blocks, [&](int64_t block) { ++count[kind[block]]; });
+    counts[row] = count[1], counts[rows + row] = count[2];
   }
 }
 
@@ -31,13 +40,6 @@ extern "C" void flexdga_list_kinds(
   for (int64_t row = 0; row < rows; ++row) {
     const uint8_t* kind = kinds + row * blocks;
     int32_t* next[3] = {nullptr, part + row * width, whole + row * width};
-    for (int64_t block = 0; block < blocks; ++block) {
-      uint64_t some;
-      if (block + 8 <= blocks && (std::memcpy(&some, kind + block, 8), !some)) {
-        block += 7;  // most are of no kind
-        continue;
-      }
-      if (kind[block]) *next[kind[block]]++ = block;
-    }
+    each_of_a_kind(kind, blocks, [&](int64_t block) { *next[kind[block]]++ = block; });
   }
 }

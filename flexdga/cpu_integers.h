@@ -94,6 +94,11 @@ inline void pack_integers(
 #endif
 }
 
+// The scores of 16 queries, packed with `query_step` and `beyond`, that were multiplied with keys.
+inline Floats score_of(Sums sum, Sums beyond, float step, Floats query_step) {
+  return __builtin_convertvector(sum - beyond, Floats) * step * query_step;
+}
+
 #if INTEGERS
 
 // `sum` and the products of fours. GCC 12 copies registers around its own function for this.

@@ -67,7 +67,7 @@ struct Task {  // some query blocks of the heads of one KV head
   const Packed* queries(int64_t group) const { return packed.data() + group * LANES * dim; }
   const bfloat16* tile(int64_t n) const { return key + n * LANES * dim; }
   Floats score(Sums sum, float step, int64_t z) const {
-    return __builtin_convertvector(sum - beyond[z], Floats) * step * query_step[z];
+    return score_of(sum, beyond[z], step, query_step[z]);
   }
 
   void run(int64_t from, int64_t to) {
@@ -374,8 +374,7 @@ extern "C" void flexdga_best_keys(
             for (int64_t r = z * LANES; r < std::min((z + 2) * LANES, rows); ++r) {
               const int64_t y = r / LANES - z;
               const Sums all = tiles == 1 ? best[i][y] : larger(best[0][y], best[1][y]);
-              const Floats score = __builtin_convertvector(all - beyond[z + y], Floats) * step[i] *
-                                   query_step[z + y];
+              const Floats score = score_of(all, beyond[z + y], step[i], query_step[z + y]);
               out[(head * rows + r) * units + unit + i] = rounded(score)[r % LANES];
             }
         }

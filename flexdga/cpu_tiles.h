@@ -37,7 +37,6 @@ typedef uint8_t Bytes __attribute__((vector_size(16)));
 using Tile = Floats[LANES];  // scores of 16 keys
 
 inline Floats all(float x) { return x - Floats{}; }
-inline Bits all_bits(uint32_t x) { return x - Bits{}; }
 
 inline Floats larger(Floats a, Floats b) {
 #if AMX || INTEGERS
@@ -84,8 +83,8 @@ inline bfloat16 to_bfloat16(float x) {
 
 inline void store(Floats x, bfloat16* to) {  // rounded
   const Ints none = x != x;
-  const Halves halves = __builtin_convertvector(
-      none ? all_bits(0x7fc0) : (Bits)rounded(x) >> 16, Halves);
+  const Bits bits = none ? 0x7fc0 + Bits{} : (Bits)rounded(x) >> 16;
+  const Halves halves = __builtin_convertvector(bits, Halves);
   std::memcpy(to, &halves, sizeof halves);
 }
 

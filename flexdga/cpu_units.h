@@ -34,12 +34,12 @@ inline float enclose(
 struct Known {
   std::vector<KeyNumber> key, box;
   std::vector<float> step, box_step;  // the powers of two, of units
-  int64_t boxed, room;                // boxes, and in whole tiles
+  int64_t room;                       // for boxes, in whole tiles
 
   Known(
       const bfloat16* keys, int64_t heads, int64_t units, int64_t size, int64_t dim,
       int64_t boxed, int64_t threads)
-      : key(heads * units * size * dim), step(heads * units), boxed(boxed),
+      : key(heads * units * size * dim), step(heads * units),
         room((boxed + LANES - 1) / LANES * LANES) {
     box.resize(heads * room * 2 * dim), box_step.resize(heads * room);
 #pragma omp parallel num_threads(threads)

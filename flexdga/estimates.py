@@ -161,8 +161,10 @@ def _best_of_keys(query: Tensor, key: Tensor, config: DGAConfig, scale: float) -
 def _signed_rows(query: Tensor, units: Tensor, config: DGAConfig, scale: float) -> Tensor:
     """Queries as boxes want them: for `exact` in eight bits, as these boxes are."""
     if config.open_by == "exact":
-        return in_matrices(_signed(in_eight_bits(query * scale, [3])), units.shape[1])
-    return in_matrices(query_features(query, scale), units.shape[1])
+        rows = _signed(in_eight_bits(query * scale, [3]))
+    else:
+        rows = query_features(query, scale)
+    return in_matrices(rows, units.shape[1])
 
 
 def _old_by_box(best: Tensor, by_box: Tensor, beyond: Tensor, query: Tensor) -> Tensor:

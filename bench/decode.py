@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from flexdga import DGACache, DGAConfig, applied, dga_attention
+from flexdga.cache import CACHE_NAME
 from flexdga.cost_model import dense_below
 from flexdga.exact import attend_all
 
@@ -218,7 +219,7 @@ def _at_length(
 
 def _forward(model: Any, ids: Tensor, cache: Any) -> Tensor:
     """The next token, greedily."""
-    out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    out = model(ids, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
     token: Tensor = out.logits[:, -1].argmax(-1)
     return token
 

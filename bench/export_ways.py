@@ -16,6 +16,7 @@ from torch import Tensor
 
 import flexdga
 from flexdga import DGACache, DGAConfig
+from flexdga.cache import CACHE_NAME
 
 from .export_report import Made
 from .progress import Stages
@@ -46,7 +47,7 @@ def eager(name: str, model: Any, config: DGAConfig) -> Way:
         return step(tokens, cache), cache
 
     def step(tokens: Tensor, cache: Any) -> Tensor:
-        out = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = model(tokens, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
         logits: Tensor = out.logits
         return logits
 

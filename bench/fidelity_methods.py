@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from flexdga import DGACache, DGAConfig, applied, dga_attention, make_plan
+from flexdga.cache import CACHE_NAME
 from flexdga.config import Scope
 
 from .attended import attended_by
@@ -304,7 +305,7 @@ def logits_over_cache(
     cache = DGACache(config, model_config=model.config, kv_dtype=kv_dtype)
     with applied(model, config), torch.compiler.set_stance("eager_on_recompile"):
         parts = [
-            model(turn, past_key_values=cache, use_cache=True).logits[0]
+            model(turn, **{CACHE_NAME: cache}, use_cache=True).logits[0]
             for turn in ids.split(TURN, 1)
         ]
     return torch.cat(parts)[:-1]

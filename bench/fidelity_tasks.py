@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flexdga import DGACache, DGAConfig, applied
-from flexdga.cache import DGALayer
+from flexdga.cache import CACHE_NAME, DGALayer
 
 from .errors import UsageError
 
@@ -253,6 +253,6 @@ def _fed(model: Any, example: Example, cache: Any) -> Answered:
 
 def _forward(model: Any, ids: Tensor, cache: Any) -> Tensor:
     """(1, V) float32 logits of the next token."""
-    out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    out = model(ids, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
     logits: Tensor = out.logits[:, -1].float()
     return logits

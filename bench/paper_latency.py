@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flexdga import DGACache, DGAConfig, applied
+from flexdga.cache import CACHE_NAME
 
 from .paper_claim import Claim, Finding, Row
 from .report import number
@@ -120,7 +121,7 @@ def _time(model: Any, caches: dict[str, Any], length: int, tokens: int) -> list[
 def _token(model: Any, token: Tensor, cache: Any) -> float:
     """Milliseconds of one token."""
     begin = time.perf_counter()
-    model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(token, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
     return 1e3 * (time.perf_counter() - begin)
 
 

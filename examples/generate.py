@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 import flexdga
+from flexdga.cache import CACHE_NAME
 
 
 class Answer(BaseStreamer):
@@ -92,7 +93,7 @@ def main():
         def run(name, cache, size):
             answers.append(Answer(name, tokenizer, cache, size, show))
             model.generate(
-                **prompt, past_key_values=cache, streamer=answers[-1],
+                **prompt, **{CACHE_NAME: cache}, streamer=answers[-1],
                 max_new_tokens=chosen.answer, do_sample=False,
             )  # fmt: skip
 

@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import flexdga
 from flexdga import DGACache, DGAConfig
+from flexdga.cache import CACHE_NAME
 
 WEIGHTS = {
     "float32": None,
@@ -125,7 +126,7 @@ def rows_of_slots(model: nn.Module, tokens: Tensor, config: DGAConfig) -> list[l
     for kind in (None, "int8"):
         cache = DGACache(config, model_config=model.config, kv_dtype=kind)
         logits = [
-            model(chunk, past_key_values=cache, use_cache=True).logits
+            model(chunk, **{CACHE_NAME: cache}, use_cache=True).logits
             for chunk in tokens.split(CHUNK, 1)
         ]
         memory = cache.memory()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,8 +16,13 @@ from score_mods import ScoreMod
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+CACHE_NAMES = ("past_key_values", "cache")
+"""What transformers calls the argument: the first until 5.23; since then it warns of that."""
 try:
     from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+    from transformers.masking_utils import create_causal_mask
+
+    CACHE_NAME = CACHE_NAMES["cache" in inspect.signature(create_causal_mask).parameters]
 except ImportError:  # by itself the cache needs nothing of transformers
     Cache = CacheLayerMixin = object
 
@@ -173,7 +179,7 @@ class DGACache(Cache):  # type: ignore[misc]
 
     Old tokens are kept as focal tokens and groups, and recent ones raw; the raw keys and values
     of what is grouped are freed. A step costs O(slots + window). In a transformers model it takes
-    the place of `DynamicCache` (`past_key_values=DGACache(config, model_config=model.config)`),
+    the place of `DynamicCache` (`cache=DGACache(config, model_config=model.config)`),
     where `flexdga.wrap` puts it by itself. Alone: `cache.update(key, value, layer_idx)`, then
     `dga_decode(query, cache, layer_idx)`, for a prompt as for each step.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from flexdga.cache import DGALayer
+from flexdga.cache import CACHE_NAME, DGALayer
 from flexdga.huggingface import Settings
 from flexdga.lowering import whole_steps
 from flexdga.static_cache import remember, step
@@ -153,8 +153,8 @@ class Step(_Entry):
 
 
 def _logits(model: PreTrainedModel, tokens: Tensor, layers: list[StaticLayer], **more: Any) -> Any:
-    cache = Cache(layers=list(layers))
-    out = model(tokens, past_key_values=cache, use_cache=True, return_dict=True, **more)
+    more[CACHE_NAME] = Cache(layers=list(layers))
+    out = model(tokens, use_cache=True, return_dict=True, **more)
     return out.logits
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from flexdga.cache import DENSE, DGACache
+from flexdga.cache import CACHE_NAME, CACHE_NAMES, DENSE, DGACache
 from flexdga.config import DGAConfig, LayerRule
 from flexdga.huggingface import NAME, Settings
 from flexdga.report import LayerReport
@@ -174,15 +174,20 @@ def _configs(model: PreTrainedModel) -> list[Any]:
 
 
 def _generate(
-    model: PreTrainedModel, cache: Callable[[], DGACache], *args: Any, **kwargs: Any
+    model: PreTrainedModel, made: Callable[[], DGACache], /, *args: Any, **kwargs: Any
 ) -> Any:
     """`model.generate`, with a DGACache unless the caller says otherwise."""
     settings = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
     asked = [kwargs, vars(settings or model.generation_config)]
     other = any(a.get("cache_implementation") for a in asked)
     none = any(a.get("use_cache") is False for a in asked)
-    if kwargs.get("past_key_values") is None and not other and not none:
-        kwargs["past_key_values"] = cache()
+    given = [own for name in CACHE_NAMES if (own := kwargs.pop(name, None)) is not None]
+    if len(given) > 1:
+        raise ValueError(f"cache: expected one, got two, as {' and as '.join(CACHE_NAMES)}")
+    if not given and not other and not none:
+        given = [made()]
         if getattr(settings, "is_assistant", False):
-            kwargs["past_key_values"].activate_past_recording()  # drafts are taken back
+            given[0].activate_past_recording()  # drafts are taken back
+    if given:
+        kwargs[CACHE_NAME] = given[0]
     return type(model).generate(model, *args, **kwargs)

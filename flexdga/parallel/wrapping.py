@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from flexdga.cache import DGACache, DGALayer
+from flexdga.cache import CACHE_NAME, CACHE_NAMES, DGACache, DGALayer
 from flexdga.config import DGAConfig
 from flexdga.huggingface import Settings, sharded_masks
 from flexdga.parallel.attention import parallel_attention
@@ -75,11 +75,10 @@ class ShardedForward:
                 "labels: a sharded forward pass has none; expected a loss over the shard of the "
                 "logits"
             )
-        cache = given.get("past_key_values")
+        cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
         if cache is not None and not isinstance(cache, DGACache):
             raise ValueError(
-                f"past_key_values: expected a DGACache in a sharded model, got "
-                f"{type(cache).__name__}"
+                f"{CACHE_NAME}: expected a DGACache in a sharded model, got {type(cache).__name__}"
             )
         self.cut = cache is None or not cache.get_seq_length()
         if (
@@ -88,10 +87,10 @@ class ShardedForward:
             and any(layer.record_past for layer in cache.layers if isinstance(layer, DGALayer))
         ):
             raise ValueError(
-                "past_key_values: assisted generation guesses tokens with the prompt, and a "
+                f"{CACHE_NAME}: assisted generation guesses tokens with the prompt, and a "
                 "sharded prompt cannot be taken back; expected the prompt before, as in "
-                "model(tokens[:, :-1], past_key_values=cache), and then generate(tokens, "
-                "past_key_values=cache, ...)"
+                f"model(tokens[:, :-1], {CACHE_NAME}=cache), and then generate(tokens, "
+                f"{CACHE_NAME}=cache, ...)"
             )
         if cache is not None and not self.cut:
             self._go_on(cache, given.get("input_ids"))
@@ -163,7 +162,7 @@ class ShardedForward:
         for layer in cache.layers:
             if isinstance(layer, DGALayer) and not isinstance(layer.cache, ShardedCache):
                 raise ValueError(
-                    "past_key_values: expected a cache that this sharded model filled itself"
+                    f"{CACHE_NAME}: expected a cache that this sharded model filled itself"
                 )
         for own in self.settings:
             own.sharded = None

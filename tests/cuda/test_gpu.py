@@ -17,7 +17,6 @@ from torch._dynamo.utils import counters
 import flexdga
 import score_mods
 from flexdga import (
-    DGACache,
     DGAConfig,
     DGAttention,
     applied,
@@ -174,10 +173,7 @@ def test_generation(keep_raw):
     found = []
     for model, tokens in ((here, ids), (there, ids.cuda())):
         with applied(model, config), torch.compiler.set_stance("force_eager"):
-            out = model.generate(
-                tokens, attention_mask=torch.ones_like(tokens),
-                past_key_values=DGACache(model), **settings,
-            )  # fmt: skip
+            out = model.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)
         found.append((out.sequences.cpu(), torch.stack(out.logits).cpu()))
     (want, want_logits), (got, got_logits) = found
     assert torch.equal(got, want)

@@ -15,6 +15,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, Static
 
 import flexdga.attention
 from flexdga import DGACache, DGAConfig, applied, report
+from flexdga.cache import CACHE_NAME, CACHE_NAMES
 
 exact = functools.partial(small, focal_ratio=1.0)
 NEW = 40
@@ -117,7 +118,7 @@ def test_continued_chat(llama, lengths):
 
     def chat(cache: object) -> Tensor:
         once = functools.partial(
-            llama.generate, do_sample=False, max_new_tokens=NEW, past_key_values=cache
+            llama.generate, do_sample=False, max_new_tokens=NEW, **{CACHE_NAME: cache}
         )
         said = once(ids, attention_mask=mask)
         grown = torch.nn.functional.pad(mask, (0, NEW + more.shape[1]), value=1)
@@ -141,9 +142,9 @@ def test_a_prompt_kept_for_several_questions(llama):
     want = [llama.generate(asked, **once) for asked in ids]
     with applied(llama, exact()):
         cache = DGACache(exact(), model_config=llama.config)
-        llama(prompt, past_key_values=cache)
+        llama(prompt, **{CACHE_NAME: cache})
         copies = [copy.deepcopy(cache) for _ in ids]
-        got = [llama.generate(asked, past_key_values=c, **once) for asked, c in zip(ids, copies)]
+        got = [llama.generate(asked, **{CACHE_NAME: c}, **once) for asked, c in zip(ids, copies)]
     assert all(torch.equal(g, w) for g, w in zip(got, want))
     assert cache.get_seq_length() == 90
 
@@ -164,7 +165,7 @@ def test_chunks(name, lengths):
         for begin, end in ((0, 60), (60, 119), (119, 120)):
             now = {key: value[:, begin:end] for key, value in inputs.items()}
             part = model(
-                ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache, **now
+                ids[:, begin:end], attention_mask=mask[:, :end], **{CACHE_NAME: cache}, **now
             )
             parts.append(part.logits)
     real = mask.bool()
@@ -192,7 +193,7 @@ def test_caches_of_transformers(name, kind, lengths):
         if kind == "static":
             cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + NEW)
         return model.generate(
-            ids, attention_mask=mask, do_sample=False, max_new_tokens=15, past_key_values=cache
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=15, **{CACHE_NAME: cache}
         )
 
     want = work()
@@ -219,7 +220,7 @@ def test_compiled_model(monkeypatch):
     model.forward = torch.compile(model.forward, backend="eager")
     got = model.generate(ids, return_dict_in_generate=True, **settings)
     assert torch.equal(got.sequences, want)
-    assert got.past_key_values.layers[0].cache.done == 64
+    assert got[CACHE_NAME].layers[0].cache.done == 64
     torch._dynamo.reset()
 
 
@@ -231,12 +232,23 @@ def test_the_cache_grows_by_less(llama):
             out = llama.generate(
                 ids, do_sample=False, max_new_tokens=100, return_dict_in_generate=True
             )
-        ratios.append(out.past_key_values.memory().ratio)
+        ratios.append(out[CACHE_NAME].memory().ratio)
     assert ratios[1] < 0.5 < 0.9 < min(ratios[0], ratios[2])
+
+
+def test_a_cache_by_each_of_its_names(llama):
+    ids = models.tokens(1, 60)
+    with applied(llama, exact()):
+        for name in CACHE_NAMES:
+            cache = DGACache(exact(), model_config=llama.config)
+            llama.generate(ids, **{name: cache}, do_sample=False, max_new_tokens=5)
+            assert cache.get_seq_length() == 64
+        with pytest.raises(ValueError, match="cache: expected one, got two"):
+            llama.generate(ids, **dict.fromkeys(CACHE_NAMES, cache))
 
 
 def test_a_cache_without_flexdga_is_not_silently_wrong(llama):
     cache = DGACache(exact(), model_config=llama.config)
     ids = models.tokens(1, 60)
     with pytest.raises(RuntimeError, match="never attended to"):
-        llama.generate(ids, past_key_values=cache, max_new_tokens=5)
+        llama.generate(ids, **{CACHE_NAME: cache}, max_new_tokens=5)

@@ -11,7 +11,7 @@ from helpers import small
 from models import DECODERS, ENCODERS, FAMILIES
 
 from flexdga import DGACache, applied, report
-from flexdga.cache import DGALayer
+from flexdga.cache import CACHE_NAME, DGALayer
 
 TOLERANCE = 1e-4
 """Absolute, for logits of magnitude 1 to 10 in float32: attention is summed in another order, and
@@ -112,7 +112,7 @@ def test_generate(name):
     want = generate()
     with applied(model, exact()):
         got = model.generate(*generate.args, **generate.keywords)
-        check_cache(name, got.past_key_values)
+        check_cache(name, got[CACHE_NAME])
     assert torch.equal(got.sequences, want.sequences)
     off = (torch.stack(got.logits) - torch.stack(want.logits)).abs().max()
     assert off < TOLERANCE

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from flexdga import DGACache, DGAConfig, applied, dga_attention, reference, report, unwrap, wrap
 from flexdga.attention import make_plan
+from flexdga.cache import CACHE_NAME
 from flexdga.decode import LayerCache
 from flexdga.plan import NEVER
 
@@ -304,7 +305,7 @@ def test_generate(name, scope):
         place = (mask.cumsum(-1) - 1).clamp(min=0)
         inputs = {"attention_mask": mask, "position_ids": place, "use_cache": False}
         want = model(out.sequences[:, :count], **inputs).logits[:, 89:]
-    cache, got = out.past_key_values, torch.stack(out.logits, 1)
+    cache, got = out[CACHE_NAME], torch.stack(out.logits, 1)
     assert isinstance(cache, DGACache) and len(cache.layers) == 2
     for layer in cache.layers:
         assert layer.cache.config == config and layer.cache.seen == 119

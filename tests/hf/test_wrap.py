@@ -16,7 +16,7 @@ from torch import nn
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
 from flexdga import DGACache, DGAConfig, applied, report, saying, unwrap, wrap
-from flexdga.cache import DGALayer
+from flexdga.cache import CACHE_NAME, DGALayer
 
 exact = functools.partial(small, focal_ratio=1.0)
 lossy = functools.partial(small, focal_ratio=0.0)
@@ -92,7 +92,7 @@ def test_a_dense_layer(llama, ids, layers):
     assert numbers(llama, "replaced") == [0, 1] and numbers(llama, "passed") == [1, 0]
     out = llama.generate(ids, **new)
     assert torch.equal(out.sequences, said)
-    assert [layer.cache.done > 0 for layer in out.past_key_values.layers] == [False, True]
+    assert [layer.cache.done > 0 for layer in out[CACHE_NAME].layers] == [False, True]
 
 
 def test_layers_of_their_own(llama, ids):
@@ -103,7 +103,7 @@ def test_layers_of_their_own(llama, ids):
         with applied(llama, lossy(), layers=layers):
             got.append(llama(ids).logits)
             out = llama.generate(ids, max_new_tokens=2, return_dict_in_generate=True)
-            slots = [layer.cache.num_slots for layer in out.past_key_values.layers]
+            slots = [layer.cache.num_slots for layer in out[CACHE_NAME].layers]
     assert slots[0] > slots[1] > 0
     for one, other in ((got[0], got[1]), (got[1], dense)):
         assert (one - other).abs().max() > 1e-2
@@ -114,7 +114,7 @@ def test_the_cache_has_the_layers_of_the_model():
     model = models.make("gemma3")
     wrap(model, lossy(), layers={3: None})
     out = model.generate(models.tokens(1, 130), max_new_tokens=2, return_dict_in_generate=True)
-    cache = out.past_key_values
+    cache = out[CACHE_NAME]
     assert [isinstance(layer, DGALayer) for layer in cache.layers] == [False, True, False, True]
     assert cache.layers[1].cache.num_slots and not cache.layers[3].cache.num_slots
     sliding = "sliding window of 24, left as it is"
@@ -133,7 +133,7 @@ def test_report(llama, ids):
         assert 0 < row.slots < 60
     assert "model.layers.1.self_attn" in str(report(llama))
     out = llama.generate(ids, max_new_tokens=5, return_dict_in_generate=True)
-    cache = out.past_key_values.layers[0].cache
+    cache = out[CACHE_NAME].layers[0].cache
     assert rows[0].tokens == 134 and rows[0].slots == cache.num_slots + cache.num_raw
 
 
@@ -249,7 +249,7 @@ def test_masks_over_pairs_of_tokens_run_dense(llama, ids, caplog, monkeypatch):
     assert numbers(llama, "replaced") == [1, 1] and numbers(llama, "passed") == [3, 3]
     cache = DGACache(lossy(), model_config=llama.config)
     with pytest.raises(NotImplementedError, match="cannot be applied to a DGACache"):
-        llama(ids, attention_mask=near, past_key_values=cache)
+        llama(ids, attention_mask=near, **{CACHE_NAME: cache})
 
 
 def test_softcaps_with_masks_over_pairs_of_tokens(ids):
@@ -291,7 +291,7 @@ def test_by_name(llama, ids, tmp_path):
         assert (model(ids).logits - want).abs().max() < 1e-4  # dense: shorter than dense_below
         said = model.generate(ids, do_sample=False, max_new_tokens=5)
         cache = DGACache(exact(), model_config=model.config)
-        again = model.generate(ids, do_sample=False, max_new_tokens=5, past_key_values=cache)
+        again = model.generate(ids, do_sample=False, max_new_tokens=5, **{CACHE_NAME: cache})
         assert torch.equal(said, again) and cache.layers[0].cache.num_slots
 
 
@@ -336,7 +336,7 @@ def test_copies_work_by_themselves(name, how):
     new = {"do_sample": False, "max_new_tokens": 4, "return_dict_in_generate": True}
     new["output_logits"] = True
     out, said = other.generate(ids, **new), model.generate(ids, **new)
-    assert isinstance(out.past_key_values, DGACache)
+    assert isinstance(out[CACHE_NAME], DGACache)
     assert torch.equal(out.logits[-1], said.logits[-1])
     other.get_output_embeddings().weight.mul_(2)  # its generate runs the copy, not the original
     assert not torch.equal(other.generate(ids, **new).logits[0], said.logits[0])

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 import flexdga
 from flexdga import DGAConfig, dga_attention
+from flexdga.cache import CACHE_NAME
 from flexdga.decode import LayerCache
 from flexdga.parallel import RankError, ShardedCache, Shards, parallel_attention, traffic
 from score_mods import softcap
@@ -309,12 +310,12 @@ def refusals(config):
     tokens = torch.zeros(1, 100, dtype=torch.long)
     calls = {
         "labels": lambda: model(tokens, labels=tokens),
-        "past_key_values": lambda: model(tokens, past_key_values=DynamicCache()),
+        CACHE_NAME: lambda: model(tokens, **{CACHE_NAME: DynamicCache()}),
         "logits_to_keep": lambda: model(tokens, logits_to_keep=torch.tensor([3])),
         "input_ids": lambda: sample_alone(model, tokens),
         "attention_mask": lambda: model(tokens, attention_mask=torch.ones(1, 1, 100, 100)),
         "gather": lambda: model(tokens),
-        "past_key_values: assisted": lambda: model.generate(tokens, prompt_lookup_num_tokens=3),
+        f"{CACHE_NAME}: assisted": lambda: model.generate(tokens, prompt_lookup_num_tokens=3),
     }
     raised = {}
     for name, call in calls.items():
@@ -360,9 +361,9 @@ def searched(config, length: int, steps: int):
         )  # fmt: skip
         cache = flexdga.DGACache(config)
         with torch.no_grad():
-            each(tokens[:, :-1], past_key_values=cache)
+            each(tokens[:, :-1], **{CACHE_NAME: cache})
         guessed = each.generate(
-            tokens, past_key_values=cache, do_sample=False, max_new_tokens=steps,
+            tokens, **{CACHE_NAME: cache}, do_sample=False, max_new_tokens=steps,
             eos_token_id=-1, prompt_lookup_num_tokens=3,
         )  # fmt: skip
         found.append((beams, guessed))

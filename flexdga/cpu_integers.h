@@ -42,25 +42,36 @@ inline Ints to_integers(const bfloat16* x, float step) {  // 16 of them
   return __builtin_convertvector((y + 12582912.0f) - 12582912.0f, Ints);
 }
 
-inline void to_integers(const bfloat16* x, int64_t count, float step, KeyNumber* to) {
-  for (int64_t i = 0; i < count; i += LANES) {
-    const Ints y = to_integers(x + i, step);
+inline void put(Ints x, KeyNumber* to) {
 #if INTEGERS
-    const Bytes bytes = __builtin_convertvector(y + MORE, Bytes);
-    std::memcpy(to + i, &bytes, sizeof bytes);
+  const Bytes bytes = __builtin_convertvector(x + MORE, Bytes);
+  std::memcpy(to, &bytes, sizeof bytes);
 #else
-    store(__builtin_convertvector(y, Floats), to + i);
+  store(__builtin_convertvector(x, Floats), to);
 #endif
-  }
 }
 
-inline void put(Ints x, PackedNumber* to) {
+inline Floats taken(const KeyNumber* from) {  // what was put there
+#if INTEGERS
+  Bytes bytes;
+  std::memcpy(&bytes, from, sizeof bytes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, Ints) - MORE, Floats);
+#else
+  return load(from);
+#endif
+}
+
+inline void to_integers(const bfloat16* x, int64_t count, float step, KeyNumber* to) {
+  for (int64_t i = 0; i < count; i += LANES) put(to_integers(x + i, step), to + i);
+}
+
+inline void put_packed(Ints x, PackedNumber* to) {
 #if INTEGERS
   typedef int8_t Narrow __attribute__((vector_size(16)));
   const Narrow bytes = __builtin_convertvector(x, Narrow);
   std::memcpy(to, &bytes, sizeof bytes);
 #else
-  store(__builtin_convertvector(x, Floats), to);
+  put(x, to);
 #endif
 }
 
@@ -78,8 +89,8 @@ inline void pack_integers(
     for (int64_t d = 0; d < dim; d += LANES) {
       const Ints y = to_integers(query + lane * dim + d, each);
       sum += y;
-      put(signs ? larger(y, Ints{}) : y, row + d);
-      if (signs) put(y - larger(y, Ints{}), row + dim + d);
+      put_packed(signs ? larger(y, Ints{}) : y, row + d);
+      if (signs) put_packed(y - larger(y, Ints{}), row + dim + d);
     }
     int32_t total = 0;
     for (int i = 0; i < LANES; ++i) total += sum[i];
@@ -92,6 +103,25 @@ inline void pack_integers(
 #else
   pack(some.data(), wide, to);
 #endif
+}
+
+// The lengths of 16 queries, as `pack_integers` left them, over their powers of two.
+inline Floats lengths_of(const std::vector<PackedNumber>& integers) {
+  const int64_t wide = integers.size() / LANES;
+  Floats length;
+  for (int64_t lane = 0; lane < LANES; ++lane) {
+    float sum = 0;
+    for (int64_t d = 0; d < wide; ++d) {
+#if INTEGERS
+      const float x = integers[lane * wide + d];
+#else
+      const float x = to_float(integers[lane * wide + d]);
+#endif
+      sum += x * x;
+    }
+    length[lane] = std::sqrt(sum);
+  }
+  return length;
 }
 
 // The scores of 16 queries, packed with `query_step` and `beyond`, that were multiplied with keys.

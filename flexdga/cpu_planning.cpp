@@ -6,6 +6,10 @@
 #include <limits>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "cpu_tiles.h"
 #include "cpu_integers.h"
 #include "cpu_units.h"
@@ -34,14 +38,19 @@ struct Group {  // 16 queries of one head, in one query block
   int64_t boxed;  // the first units, so many that the block knows by their boxes alone
 };
 
+struct Sixteen {  // old units, and two groups
+  int64_t number;
+  Floats mass[2], most[2];  // so much they hold together at least, and so much one of them at most
+};
+
 struct Task {  // some query blocks of the heads of one KV head
   // As `flexdga_openings` has them:
   const float* query;
   const bfloat16* key;
   const int32_t *first, *home;
   // Of `Known`:
-  const KeyNumber *number, *box;
-  const float *step, *box_step;
+  const KeyNumber *number, *box, *mean;
+  const float *step, *box_step, *mean_step, *reach;
   int64_t rep, length, blocks, rows, units, size, dim, window, known, segment;
   float scale, least, share;
   bool causal, prompt;
@@ -55,11 +64,12 @@ struct Task {  // some query blocks of the heads of one KV head
   std::vector<Sums> beyond, part;
   std::vector<bfloat16> some;
   std::vector<PackedNumber> some_integers;
-  std::vector<Floats> base, mass, scores;
+  std::vector<Floats> base, mass, scores, extent;
   // What may be asked for in the end: so many units of each group, and their scores.
   std::vector<int64_t> wishes;
   std::vector<int32_t> wished;
   std::vector<Floats> wish;
+  std::vector<Sixteen> sixteens;
 
   const float* queries_of(int64_t group) const {
     return query + (groups[group].head * length + groups[group].begin) * dim;
@@ -94,7 +104,7 @@ struct Task {  // some query blocks of the heads of one KV head
     if (groups.back().boxed > oldest()) halves.assign(even * LANES * 2 * dim / IN_ONE, 0);
     wishes.assign(count, 0);
     wished.resize(units * count), wish.resize(units * count);
-    for (auto* each : {&base, &mass, &query_step}) each->assign(even, Floats{});
+    for (auto* each : {&base, &mass, &query_step, &extent}) each->assign(even, Floats{});
     for (auto* each : {&beyond, &part}) each->assign(even, Sums{});
     for (int64_t z = 0; z < count; ++z) {
       round_queries(queries_of(z), dim, scale, some);
@@ -103,8 +113,10 @@ struct Task {  // some query blocks of the heads of one KV head
         pack_integers(some.data(), dim, signs, some_integers, query_step[z], beyond[z], to);
       };
       in_eight_bits(false, &integers[z * LANES * dim / IN_ONE]);
-      if (groups.back().boxed > oldest())
+      if (groups.back().boxed > oldest()) {
         in_eight_bits(true, &halves[z * LANES * 2 * dim / IN_ONE]);
+        extent[z] = lengths_of(some_integers) * query_step[z];
+      }
     }
     for (int64_t z = 0; z < count; z += 2) weigh_near(z);
     size == LANES ? weigh_far<1>() : size == 2 * LANES ? weigh_far<2>() : weigh_far<0>();
@@ -215,25 +227,75 @@ struct Task {  // some query blocks of the heads of one KV head
     mass[z] = sum, wishes[z] = place - z * units;
   }
 
-  // The same of old units, of which only the boxes count: 16 of them make a tile.
+  // The same of old units, of which only the boxes count. Sixteen of them count as so many of their
+  // mean, which is no more than they hold, where none of them can be worth opening.
   void weigh_boxes() {
+    for (int64_t z = 0; z < even; z += 2) {
+      weigh_sixteens(z);
+      const auto hopeless = [&](const Sixteen& some) { return !promising(some, z); };
+      sixteens.erase(
+          std::remove_if(sixteens.begin(), sixteens.end(), hopeless), sixteens.end());
+      for (size_t i = 0; i < sixteens.size(); i += 2) weigh_each(z, i);
+    }
+  }
+
+  bool promising(const Sixteen& some, int64_t pair) const {
+    for (int64_t z = pair; z < std::min(pair + 2, count); ++z)
+      if (first_of(some.most[z - pair] >= share * mass[z]) < LANES) return true;
+    return false;
+  }
+
+  // Together; `sixteens` are those of which one may be worth opening.
+  void weigh_sixteens(int64_t pair) {
     const int64_t begin = oldest() / LANES, end = (groups.back().boxed + LANES - 1) / LANES;
-    const int64_t next = LANES * 2 * dim;
+    const int64_t next = LANES * 2 * dim, last = (end - 1) / LANES;
+    const QueryNumber* half = &halves[pair * next / IN_ONE];
     alignas(64) Sums made[2][2][LANES];
-    for (int64_t n = begin + (end - begin - 1) / 2 * 2; n >= begin; n -= 2)
-      for (int64_t z = 0; z < even; z += 2) {
-        const KeyNumber* at = box + n * next;
-        const QueryNumber* half = &halves[z * next / IN_ONE];
-        multiply(at, at + (n + 1 < end ? next : 0), half, half + next / IN_ONE, 2 * dim, made);
-        for (int64_t i = 0; i < 2 && n + i < end; ++i)
-          for (int64_t y = z; y < std::min(z + 2, count); ++y) {
-            const int64_t least = (n + i) * LANES;
-            const int64_t most = std::min(least + LANES, groups[y].boxed);
-            Floats scores[LANES];
-            for (int64_t j = 0; j < LANES; ++j)
-              scores[j] = score(made[i][y - z][j], box_step[least + j], y);
-            weigh(scores, least, most, y);
-          }
+    sixteens.clear();
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t tile = n / LANES / 2 * 2;
+      if (n == begin || n % (2 * LANES) == 0)
+        multiply(mean + tile * next, mean + std::min(tile + 1, last) * next, half,
+                 half + next / IN_ONE, 2 * dim, made);
+      Sixteen some = {n};
+      for (int64_t z = pair; z < std::min(pair + 2, count); ++z) {
+        const Group& mine = groups[z];
+        const int64_t least = n * LANES;
+        if (least >= mine.boxed) continue;
+        bool one = least + LANES <= mine.boxed && mean_step[n] == mean_step[n];  // all numbers
+        for (int64_t j = 0; j < LANES && one; ++j) one = home[least + j] == mine.document;
+        some.most[z - pair] = all(-NOTHING);
+        if (!one) continue;
+        const Sums made_of = made[n / LANES - tile][z - pair][n % LANES];
+        const Floats middle = score(made_of, mean_step[n], z);
+        auto each = [&](Floats x) {
+          return exponential(-larger(base[z] - rounded(x), all(-BEYOND)));
+        };
+        some.mass[z - pair] = float(LANES) * each(middle);
+        some.most[z - pair] = each(middle + reach[n] * extent[z]);
+        mass[z] += some.mass[z - pair];
+      }
+      if (promising(some, pair)) sixteens.push_back(some);
+    }
+  }
+
+  // Of two sixteens each unit by itself.
+  void weigh_each(int64_t pair, size_t first) {
+    const int64_t next = LANES * 2 * dim, here = std::min<int64_t>(sixteens.size() - first, 2);
+    const QueryNumber* half = &halves[pair * next / IN_ONE];
+    const Sixteen* some = &sixteens[first];
+    alignas(64) Sums made[2][2][LANES];
+    multiply(box + some[0].number * next, box + some[here - 1].number * next, half,
+             half + next / IN_ONE, 2 * dim, made);
+    for (int64_t i = 0; i < here; ++i)
+      for (int64_t z = pair; z < std::min(pair + 2, count); ++z) {
+        const int64_t least = some[i].number * LANES;
+        const int64_t most = std::min(least + LANES, groups[z].boxed);
+        Floats scores[LANES];
+        for (int64_t j = 0; j < LANES; ++j)
+          scores[j] = score(made[i][z - pair][j], box_step[least + j], z);
+        mass[z] -= some[i].mass[z - pair];
+        weigh(scores, least, most, z);
       }
   }
 
@@ -288,6 +350,13 @@ extern "C" void flexdga_openings(
   const int64_t last = std::max<int64_t>((blocks - 1) * rows - window + 1, 0) / size;
   const int64_t boxed = causal ? boxed_of(last, known, segment) : 0;
   const Known known_by(key, heads, units, size, dim, boxed, threads);
+#ifdef MADV_HUGEPAGE
+  // Fresh pages of so large a table would take longer than what is written to it.
+  constexpr uintptr_t PAGE = 1 << 21;
+  const uintptr_t from = (uintptr_t(since) + PAGE - 1) / PAGE * PAGE;
+  const uintptr_t to = uintptr_t(since + heads * rep * blocks * units) / PAGE * PAGE;
+  if (from < to) madvise((void*)from, to - from, MADV_HUGEPAGE);
+#endif
 #pragma omp parallel num_threads(threads)
   {
     [[maybe_unused]] Session session;
@@ -302,6 +371,9 @@ extern "C" void flexdga_openings(
       task.step = &known_by.step[head * units];
       task.box = known_by.box.data() + head * known_by.room * 2 * dim;
       task.box_step = known_by.box_step.data() + head * known_by.room;
+      task.mean = known_by.mean.data() + head * known_by.wide * 2 * dim;
+      task.mean_step = known_by.mean_step.data() + head * known_by.wide;
+      task.reach = known_by.reach.data() + head * known_by.wide;
       task.first = first + head / kv_heads * length;
       task.home = home + head / kv_heads * units;
       task.since = since + head * rep * blocks * units;

@@ -95,6 +95,32 @@ def test_opens_old_units_by_their_boxes_as_the_rule_does(blocks, head_dim, packe
     assert (opened(monkeypatch, STOCK, *inputs, **arguments) != rule).any()
 
 
+@pytest.mark.parametrize("head_dim", [16, 64])
+@pytest.mark.parametrize("packed", [False, True])
+def test_weighs_sixteen_old_units_together_where_none_is_worth_opening(
+    head_dim, packed, monkeypatch
+):
+    """They then count as so many of their mean, less than they hold: a few more units open."""
+    monkeypatch.setitem(estimates.NEAR, "exact", 256)
+    for module in (estimates, stretches):
+        monkeypatch.setattr(module, "SEGMENT", 128)
+    length, config = 6000, DGAConfig(dense_below=0)
+    query, key, value = qkv(1, 2, 1, length, head_dim)
+    for unit, looks in enumerate(range(5000, length, 20)):  # what this query will look for
+        key[:, :, 80 * unit : 80 * unit + 16] += 1.5 * query[:, :1, looks : looks + 1]
+    inputs, arguments = [query, key, value], {"config": config, "scale": head_dim**-0.5}
+    if packed:  # 600 and 3000 are within a unit, and within sixteen of them
+        documents = torch.zeros(1, length, dtype=torch.long)
+        documents[:, 600:], documents[:, 3000:], documents[:, 5900:] = 1, 2, 3
+        arguments["document_ids"] = documents
+    rule = opened(monkeypatch, lambda name: None, *inputs, **arguments)
+    assert (rule[:, 0, 5000 // 32 :, : 4000 // 16] < NEVER).sum() > 30
+    for library in (STOCK, portable):
+        table = opened(monkeypatch, library, *inputs, **arguments)
+        assert (table > rule).sum() <= 1e-3 * (rule < NEVER).sum(), library
+        assert (table < rule).sum() <= 0.03 * (rule < NEVER).sum(), library
+
+
 def test_who_decides(monkeypatch):
     query = torch.randn(1, 2, 64, 64)
     exact = DGAConfig(open_by="exact")

@@ -7,8 +7,8 @@ products of integers: in tiles of bfloat16 (AMX) or of bytes (AVX-512 VNNI) wher
 else in float32, and the same in all three. Rule and roundings are those of `opening.py`; only sums
 of masses and scores of near tokens come in another order, and of units known by their boxes sixteen
 count as so many of their mean where none can be expected to be worth opening. That is less than
-they hold, so that a few more units open (bench/RESEARCH.md, *Old units, sixteen at a time*). Where C++ is not to be had (`cpp.py`),
-`opening.py` does it in PyTorch.
+they hold, so that a few more units open (bench/RESEARCH.md, *Old units, sixteen at a time*). Where
+C++ is not to be had (`cpp.py`), `opening.py` does it in PyTorch.
 """
 
 from __future__ import annotations

@@ -219,7 +219,7 @@ struct Task {  // some query blocks of the heads of one KV head
   }
 
   // The same of old units, of which only the boxes count. Sixteen of them count as so many of their
-  // mean, which is no more than they hold, where none of them can be worth opening.
+  // mean, which is no more than they hold, where none of them can be expected to be worth opening.
   void weigh_boxes() {
     for (int64_t z = 0; z < even; z += 2) {
       weigh_sixteens(z);

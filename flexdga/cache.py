@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 CACHE_NAMES = ("past_key_values", "cache")
 """What transformers calls the argument: the first until 5.23; since then it warns of that."""
+CACHE_NAME = CACHE_NAMES[-1]
 try:
     from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
     from transformers.masking_utils import create_causal_mask

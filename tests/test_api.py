@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -188,6 +190,22 @@ def test_the_layer_is_attention_between_projections():
         DGAttention(65, 4)
     with pytest.raises(ValueError, match="hidden_states: expected 3 dimensions"):
         layer(hidden[0])
+
+
+def test_all_but_models_goes_without_transformers():
+    """It is optional: the benchmark is installed without it, and a cache serves by itself."""
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "import torch, flexdga, flexdga.parallel\n"
+        "from flexdga_bench.cli import main\n"
+        "cache = flexdga.DGACache(flexdga.DGAConfig())\n"
+        "query = torch.randn(1, 2, 100, 16)\n"
+        "cache.update(query, query, 0)\n"
+        "assert flexdga.dga_decode(query, cache, 0).shape == query.shape\n"
+        "main(['--help'])\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0 and "usage: flexdga-bench" in ran.stdout, ran.stderr
 
 
 def test_few_public_names():

@@ -76,25 +76,27 @@ inline void put_packed(Ints x, PackedNumber* to) {
 }
 
 // Numbers of 16 queries (16, D) as products take them; with signs, positive and negative parts
-// apart. Their powers of two, and what `MORE` adds to their products.
-inline void pack_integers(
+// apart. Their powers of two, and what `MORE` adds to their products; returns their lengths, over
+// these powers.
+inline Floats pack_integers(
     const bfloat16* query, int64_t dim, bool signs, std::vector<PackedNumber>& some, Floats& step,
     Sums& beyond, QueryNumber* to) {
   const int64_t wide = signs ? 2 * dim : dim;
+  Floats length;
   some.resize(LANES * wide);
   for (int64_t lane = 0; lane < LANES; ++lane) {
     const float each = step_of(query + lane * dim, dim);
     PackedNumber* row = &some[lane * wide];
-    Ints sum{};
+    Ints sum{}, squares{};
     for (int64_t d = 0; d < dim; d += LANES) {
       const Ints y = to_integers(query + lane * dim + d, each);
-      sum += y;
+      sum += y, squares += y * y;
       put_packed(signs ? larger(y, Ints{}) : y, row + d);
       if (signs) put_packed(y - larger(y, Ints{}), row + dim + d);
     }
-    int32_t total = 0;
-    for (int i = 0; i < LANES; ++i) total += sum[i];
-    step[lane] = each, beyond[lane] = MORE * total;
+    int32_t total = 0, square = 0;
+    for (int i = 0; i < LANES; ++i) total += sum[i], square += squares[i];
+    step[lane] = each, beyond[lane] = MORE * total, length[lane] = std::sqrt(float(square));
   }
 #if INTEGERS
   for (int64_t d = 0; d < wide; d += IN_ONE)
@@ -103,24 +105,6 @@ inline void pack_integers(
 #else
   pack(some.data(), wide, to);
 #endif
-}
-
-// The lengths of 16 queries, as `pack_integers` left them, over their powers of two.
-inline Floats lengths_of(const std::vector<PackedNumber>& integers) {
-  const int64_t wide = integers.size() / LANES;
-  Floats length;
-  for (int64_t lane = 0; lane < LANES; ++lane) {
-    float sum = 0;
-    for (int64_t d = 0; d < wide; ++d) {
-#if INTEGERS
-      const float x = integers[lane * wide + d];
-#else
-      const float x = to_float(integers[lane * wide + d]);
-#endif
-      sum += x * x;
-    }
-    length[lane] = std::sqrt(sum);
-  }
   return length;
 }
 

@@ -22,6 +22,11 @@ inline int64_t boxed_of(int64_t before, int64_t known, int64_t segment) {
   return std::max<int64_t>(before / segment * segment - known, 0);
 }
 
+// Of a rounded score, beside `base`.
+inline Floats mass_of(Floats score, Floats base) {
+  return exponential(-larger(base - score, all(-BEYOND)));
+}
+
 struct Group {  // 16 queries of one head, in one query block
   int64_t head, block, begin;  // of the queries
   int64_t before, after;       // the units that the block may open, and for which document:
@@ -101,12 +106,13 @@ struct Task {  // some query blocks of the heads of one KV head
       round_queries(queries_of(z), dim, scale, some);
       pack(some.data(), dim, &packed[z * LANES * dim]);
       auto in_eight_bits = [&](bool signs, QueryNumber* to) {
-        pack_integers(some.data(), dim, signs, some_integers, query_step[z], beyond[z], to);
+        return pack_integers(
+            some.data(), dim, signs, some_integers, query_step[z], beyond[z], to);
       };
       in_eight_bits(false, &integers[z * LANES * dim / IN_ONE]);
       if (groups.back().boxed > oldest()) {
-        in_eight_bits(true, &halves[z * LANES * 2 * dim / IN_ONE]);
-        extent[z] = lengths_of(some_integers) * query_step[z];
+        extent[z] = in_eight_bits(true, &halves[z * LANES * 2 * dim / IN_ONE]);
+        extent[z] *= query_step[z];
       }
     }
     for (int64_t z = 0; z < count; z += 2) weigh_near(z);
@@ -208,8 +214,7 @@ struct Task {  // some query blocks of the heads of one KV head
     int64_t place = z * units + wishes[z];
     for (int64_t unit = begin; unit < end; ++unit) {
       if (!may_open(mine, unit)) continue;
-      const Floats score = rounded(scores[unit - begin]), x = score - at;
-      const Floats each = exponential(-larger(-x, all(-BEYOND)));
+      const Floats score = rounded(scores[unit - begin]), each = mass_of(score, at);
       sum += each;
       // The mass only grows: what is too little of it now stays so.
       if (first_of(each >= least) == LANES) continue;
@@ -249,21 +254,21 @@ struct Task {  // some query blocks of the heads of one KV head
         multiply(mean + tile * next, mean + std::min(tile + 1, last) * next, half,
                  half + next / IN_ONE, 2 * dim, made);
       Sixteen some = {n};
+      const int64_t least = n * LANES, after = least + LANES;
+      bool one = after <= groups.back().boxed && mean_step[n] == mean_step[n];  // all numbers
+      for (int64_t unit = least; unit < after && one; ++unit) one = home[unit] == home[least];
       for (int64_t z = pair; z < std::min(pair + 2, count); ++z) {
         const Group& mine = groups[z];
-        const int64_t least = n * LANES;
-        if (least >= mine.boxed) continue;
-        bool one = least + LANES <= mine.boxed && mean_step[n] == mean_step[n];  // all numbers
-        for (int64_t j = 0; j < LANES && one; ++j) one = home[least + j] == mine.document;
-        some.most[z - pair] = all(-NOTHING);
-        if (!one) continue;
+        if (least >= mine.boxed || (one && home[least] != mine.document)) continue;
+        if (!one || after > mine.boxed) {
+          some.most[z - pair] = all(-NOTHING);
+          continue;
+        }
         const Sums made_of = made[n / LANES - tile][z - pair][n % LANES];
         const Floats middle = score(made_of, mean_step[n], z);
-        auto each = [&](Floats x) {
-          return exponential(-larger(base[z] - rounded(x), all(-BEYOND)));
-        };
-        some.mass[z - pair] = float(LANES) * each(middle);
-        some.most[z - pair] = each(middle + reach[n] * extent[z]);
+        const Floats most = middle + reach[n] * extent[z];
+        some.mass[z - pair] = float(LANES) * mass_of(rounded(middle), base[z]);
+        some.most[z - pair] = mass_of(rounded(most), base[z]);
         mass[z] += some.mass[z - pair];
       }
       if (promising(some, pair)) sixteens.push_back(some);

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from flexdga import DGACache, DGAConfig, applied, dga_attention
-from flexdga.cache import CACHE_NAME
 from flexdga.cost_model import dense_below
 from flexdga.exact import attend_all
 
@@ -30,7 +29,7 @@ from . import hardware, options
 from .decode_report import DecodeReport, DecodeRow
 from .errors import UsageError
 from .progress import Stages
-from .workloads import default_text, open_model, random_like
+from .workloads import default_text, next_logits, open_model, random_like
 
 LENGTHS = (1024, 4096, 8192, 16384, 32768)
 TOKENS, PROMPTS = 16, 2
@@ -219,9 +218,7 @@ def _at_length(
 
 def _forward(model: Any, ids: Tensor, cache: Any) -> Tensor:
     """The next token, greedily."""
-    out = model(ids, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
-    token: Tensor = out.logits[:, -1].argmax(-1)
-    return token
+    return next_logits(model, ids, cache)[:, -1].argmax(-1)
 
 
 def _new_token(layer: Any, heads: int) -> tuple[Tensor, Tensor, Tensor]:

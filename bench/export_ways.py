@@ -16,10 +16,10 @@ from torch import Tensor
 
 import flexdga
 from flexdga import DGACache, DGAConfig
-from flexdga.cache import CACHE_NAME
 
 from .export_report import Made
 from .progress import Stages
+from .workloads import next_logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +47,7 @@ def eager(name: str, model: Any, config: DGAConfig) -> Way:
         return step(tokens, cache), cache
 
     def step(tokens: Tensor, cache: Any) -> Tensor:
-        out = model(tokens, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
-        logits: Tensor = out.logits
-        return logits
+        return next_logits(model, tokens, cache)
 
     return Way(name, prompt, step, lambda: flexdga.applied(model, config))
 

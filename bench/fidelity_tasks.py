@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from flexdga import DGACache, DGAConfig, applied
-from flexdga.cache import CACHE_NAME, DGALayer
+from flexdga.cache import DGALayer
 
 from .errors import UsageError
+from .workloads import next_logits
 
 Encode = Callable[[str], list[int]]
 """Token ids of a text, without special tokens."""
@@ -253,6 +254,4 @@ def _fed(model: Any, example: Example, cache: Any) -> Answered:
 
 def _forward(model: Any, ids: Tensor, cache: Any) -> Tensor:
     """(1, V) float32 logits of the next token."""
-    out = model(ids, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
-    logits: Tensor = out.logits[:, -1].float()
-    return logits
+    return next_logits(model, ids, cache)[:, -1].float()

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from flexdga import DGACache, DGAConfig, applied
-from flexdga.cache import CACHE_NAME
 
 from .paper_claim import Claim, Finding, Row
 from .report import number
-from .workloads import random_like
+from .workloads import next_logits, random_like
 
 DYNAMIC, STATIC, DGA = "dynamic", "static", "DGA"
 CONFIG = DGAConfig.paper(unit_size=18)
@@ -121,7 +120,7 @@ def _time(model: Any, caches: dict[str, Any], length: int, tokens: int) -> list[
 def _token(model: Any, token: Tensor, cache: Any) -> float:
     """Milliseconds of one token."""
     begin = time.perf_counter()
-    model(token, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
+    next_logits(model, token, cache)
     return 1e3 * (time.perf_counter() - begin)
 
 

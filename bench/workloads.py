@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexdga.cache import CACHE_NAME
+
 from .errors import UsageError
 from .options import check_model_folder, positive_int
 
@@ -117,6 +119,13 @@ def open_model(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         raise UsageError(f"--model {path}: {error}") from error
     return model.eval(), tokenizer
+
+
+def next_logits(model: Any, ids: Tensor, cache: Any) -> Tensor:
+    """(B, 1, V) logits of what follows (B, L) ids, which a cache takes in."""
+    out = model(ids, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
+    logits: Tensor = out.logits
+    return logits
 
 
 def random_like(model: Any, length: int) -> list[Tensor]:
